@@ -1,0 +1,122 @@
+"""Megatron's core attention, routed to the sub-sequence attention of the running action."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from seq1f1b.runtime import ExecutionContext
+
+
+def local_attention(context: ExecutionContext) -> Callable[[Callable[..., Tensor]], Any]:
+    """Make the replacement of ``DotProductAttention.forward``.
+
+    Its own way builds the matrix of all scores. Where it would compute plain causal attention, the
+    flash kernels of ``context`` do, on whole sequences too, so that schedules are compared with the
+    same attention on both sides. Anything else goes to Megatron unless a sub-sequence runs.
+    """
+
+    def replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(
+            self: Any,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            attn_mask_type: Any = None,
+            attention_bias: Tensor | None = None,
+            packed_seq_params: Any = None,
+        ) -> Tensor:
+            obstacle = _obstacle(self, attn_mask_type, attention_bias, packed_seq_params)
+            if obstacle is None:
+                return context.attend(self, query, key, value, _local_scale(self)).flatten(2)
+            if is_cut(context):
+                raise ValueError(f"layer {self.layer_number}: {obstacle}")
+            return original(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+            )
+
+        return forward
+
+    return replacement
+
+
+def transformer_engine_attention(
+    context: ExecutionContext,
+) -> Callable[[Callable[..., Tensor]], Any]:
+    """Make the replacement of ``TEDotProductAttention.forward``: only sub-sequences leave it."""
+
+    def replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(
+            self: Any,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            attn_mask_type: Any,
+            attention_bias: Tensor | None = None,
+            packed_seq_params: Any = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            if is_cut(context):
+                obstacle = _obstacle(self, attn_mask_type, attention_bias, packed_seq_params)
+                if obstacle:
+                    raise ValueError(obstacle)
+                scale = getattr(self, "softmax_scale", None) or query.shape[-1] ** -0.5
+                return context.attend(self, query, key, value, scale).flatten(2)
+            return original(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+
+        return forward
+
+    return replacement
+
+
+def is_cut(context: ExecutionContext) -> bool:
+    """Whether the running action works on less than a whole micro-batch."""
+    return context.part is not None and context.part.length < context.part.total
+
+
+def _obstacle(
+    module: Any, attn_mask_type: Any, attention_bias: Tensor | None, packed_seq_params: Any
+) -> str | None:
+    """Return why this call is not plain causal attention; None if it is."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    config = module.config
+    mask_type = attn_mask_type or getattr(module, "attn_mask_type", AttnMaskType.causal)
+    dropout = getattr(module, "attention_dropout", None)
+    if mask_type is not AttnMaskType.causal:
+        return f"attention with mask type {mask_type.name} cannot run on sub-sequences"
+    if attention_bias is not None:
+        return "attention with a bias cannot run on sub-sequences"
+    if packed_seq_params is not None:
+        return "packed sequences cannot run on sub-sequences"
+    if module.training and getattr(dropout, "p", dropout or 0.0) > 0.0:
+        return "attention dropout cannot run on sub-sequences: --attention-dropout 0"
+    if config.window_size is not None or config.softmax_type != "vanilla":
+        return "windowed attention and softmax offsets cannot run on sub-sequences"
+    return None
+
+
+def _local_scale(module: Any) -> float:
+    """Undo the layer scaling that the local softmax would multiply back."""
+    if module.config.apply_query_key_layer_scaling:
+        return module.softmax_scale * module.layer_number
+    return module.softmax_scale

@@ -1,0 +1,105 @@
+"""Process groups over gloo where Megatron asks for NCCL: part of ``cpu_device``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+OWNERS = (dist, distributed_c10d)
+REASON = "NCCL backends and options, and averages, which gloo lacks"
+
+
+def prefer_loopback() -> None:
+    """Let gloo use the loopback interface when all ranks of the job are on this machine.
+
+    Otherwise it looks for an address under the machine's host name, which many laptops lack.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        return
+    names = {name for _, name in socket.if_nameindex()}
+    for loopback in sorted({"lo", "lo0"} & names):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
+@functools.cache
+def replacements() -> dict[str, Callable]:
+    """The functions of ``torch.distributed`` to replace, by name."""
+    return {
+        "init_process_group": _on_gloo(dist.init_process_group, 0, default="gloo"),
+        "new_group": _on_gloo(dist.new_group, 2),
+        "new_subgroups_by_enumeration": _on_gloo(dist.new_subgroups_by_enumeration, 2),
+        "barrier": _barrier(dist.barrier),
+        "all_reduce": _all_reduce(dist.all_reduce),
+        "reduce_scatter_tensor": _reduce_scatter(dist.reduce_scatter_tensor),
+    }
+
+
+def _on_gloo(function: Callable, position: int, default: str | None = None) -> Callable:
+    """A creator of process groups, whose ``backend`` is the ``position``-th argument."""
+
+    def gloo(backend: str | None) -> str | None:
+        if backend is None:
+            return default
+        return "gloo" if "nccl" in backend else backend
+
+    @functools.wraps(function)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > position:
+            args = (*args[:position], gloo(args[position]), *args[position + 1 :])
+        else:
+            kwargs["backend"] = gloo(kwargs.get("backend"))
+        kwargs |= {name: None for name in ("device_id", "pg_options") if name in kwargs}
+        return function(*args, **kwargs)
+
+    return create
+
+
+def _barrier(function: Callable) -> Callable:
+    """``barrier`` without the device that NCCL wants to be told."""
+
+    @functools.wraps(function)
+    def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+        return function(group=group, async_op=async_op)
+
+    return barrier
+
+
+def _all_reduce(function: Callable) -> Callable:
+    """``all_reduce`` that averages: divide first, then sum, which asynchronous calls allow too."""
+
+    @functools.wraps(function)
+    def all_reduce(
+        tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if op == dist.ReduceOp.AVG:
+            tensor.div_(dist.get_world_size(group))
+            op = dist.ReduceOp.SUM
+        return function(tensor, op=op, group=group, async_op=async_op)
+
+    return all_reduce
+
+
+def _reduce_scatter(function: Callable) -> Callable:
+    """``reduce_scatter_tensor`` that averages; its input is not its result, so it is copied."""
+
+    @functools.wraps(function)
+    def reduce_scatter(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if op == dist.ReduceOp.AVG:
+            input = input / dist.get_world_size(group)
+            op = dist.ReduceOp.SUM
+        return function(output, input, op=op, group=group, async_op=async_op)
+
+    return reduce_scatter

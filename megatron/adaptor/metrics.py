@@ -1,0 +1,146 @@
+"""What a step cost, measured alike under Megatron's loops and under our executor."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext
+from seq1f1b.schedule import Action, Kind
+
+_MIB = 2**20
+_WHOLE = {kind: Action(kind, 0, 0, 0) for kind in (Kind.F, Kind.B)}
+
+
+@dataclass(frozen=True)
+class IterationMetrics:
+    """One iteration, as it is logged; lists have one entry per stage.
+
+    bubble_ratio: the stage's idle time over the length of its forward-backward pass.
+    peak_activation_bytes: see ActivationMeter; kv_carry_bytes is the part of the KV carry.
+    """
+
+    iteration: int
+    lm_loss: float | None
+    milliseconds: float
+    tokens_per_second: float
+    tflops_per_device: float
+    peak_activation_bytes: list[int]
+    kv_carry_bytes: list[int]
+    bubble_ratio: list[float]
+
+    def log_line(self) -> str:
+        """Return what is printed under Megatron's own line."""
+        memory = ", ".join(f"{number / _MIB:.1f}" for number in self.peak_activation_bytes)
+        bubbles = ", ".join(f"{ratio:.3f}" for ratio in self.bubble_ratio)
+        return (
+            f" seq1f1b iteration {self.iteration:8d} | tokens/s: {self.tokens_per_second:.1f} | "
+            f"TFLOP/s per device: {self.tflops_per_device:.3f} | "
+            f"peak activation MiB by stage: [{memory}] | bubble ratio by stage: [{bubbles}]"
+        )
+
+
+class StepMeter:
+    """Times and weighs the forward-backward pass of every iteration on this rank."""
+
+    def __init__(self, context: ExecutionContext, device: str) -> None:
+        self._context = context
+        self._device = device
+        self._activations = ActivationMeter(context.carries, device=device)
+        self._clock: ActionClock | None = None
+        self._last: tuple[float, int, int] | None = None
+        self._seconds = 0.0
+        self._losses: dict[str, Any] = {}
+
+    def around_loop(self, loop: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """Return ``loop`` (a forward_backward_func of Megatron's) with its actions timed."""
+
+        def forward_backward(**kwargs: Any) -> list[Any]:
+            def run(clock: ActionClock) -> list[Any]:
+                self._clock = clock
+                try:
+                    return loop(**kwargs)
+                finally:
+                    self._clock = None
+
+            return self.measure(kwargs["model"], run)
+
+        return forward_backward
+
+    def measure(self, model: Any, run: Callable[[ActionClock], list[Any]]) -> list[Any]:
+        """Call ``run`` with a clock for its actions and keep the figures."""
+        chunks = model if isinstance(model, list) else [model]
+        constants = [t for c in chunks for t in (*c.parameters(), *torch.nn.Module.buffers(c))]
+        carries = self._context.carries
+        carries.reset_peak()
+        clock = ActionClock(self._device)
+        with self._activations.measuring(constants):
+            result = run(clock)
+        timed, length = clock.finish()
+        busy = sum(entry.end - entry.start for entry in timed)
+        self._last = 1 - busy / length, self._activations.peak_bytes, carries.peak_bytes
+        return result
+
+    def timing(self, kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Make the replacement of a step function that Megatron's own loops call by name."""
+
+        def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*args: Any, **kwargs: Any) -> Any:
+                if self._clock is None:
+                    return original(*args, **kwargs)
+                self._clock.begin()
+                result = original(*args, **kwargs)
+                self._clock.end(_WHOLE[kind])
+                return result
+
+            return step
+
+        return replacement
+
+    def train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Time Megatron's whole ``train_step`` and keep the loss that it returns."""
+
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = original(*args, **kwargs)
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            self._seconds = time.perf_counter() - start
+            self._losses = result[0]
+            return result
+
+        return train_step
+
+    def iteration(self, iteration: int, floating_point_operations: float, tokens: int) -> Any:
+        """Gather the last step's figures from all stages; every rank of a pipeline must call."""
+        if self._last is None:
+            return None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stages: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(stages, self._last, group=group)
+        bubbles, peaks, carried = (list(column) for column in zip(*stages, strict=True))
+        loss = self._losses.get("lm loss")
+        return IterationMetrics(
+            iteration=iteration,
+            lm_loss=None if loss is None else float(loss),
+            milliseconds=self._seconds * 1000,
+            tokens_per_second=tokens / self._seconds,
+            tflops_per_device=floating_point_operations
+            / (self._seconds * 1e12 * torch.distributed.get_world_size()),
+            peak_activation_bytes=peaks,
+            kv_carry_bytes=carried,
+            bubble_ratio=bubbles,
+        )
+
+
+def append_json(metrics: IterationMetrics, file: str) -> None:
+    """Append one line to ``file``, whose folder is made if need be."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        stream.write(json.dumps(asdict(metrics)) + "\n")

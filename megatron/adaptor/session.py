@@ -1,0 +1,189 @@
+"""One training process under the adaptor: the table of patches and the state that they share."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron.adaptor import fallbacks, metrics
+from megatron.adaptor.attention import local_attention, transformer_engine_attention
+from megatron.adaptor.batch import BatchCutter
+from megatron.adaptor.patches import Patch
+from megatron.adaptor.positions import rotary_offset
+from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
+from seq1f1b.runtime import ExecutionContext
+from seq1f1b.schedule import Kind
+
+_CORE = "megatron.core"
+_SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+_TRAINING = "megatron.training"
+
+
+class Session:
+    """What the replacements close over; there is one per process."""
+
+    def __init__(self, device: str) -> None:
+        self.context = ExecutionContext()
+        self.cutter = BatchCutter(self.context)
+        self.meter = metrics.StepMeter(self.context, device)
+        self.settings: Settings | None = None
+        self._backward_group: Any = None
+
+    def patches(self) -> list[Patch]:
+        """Return every replacement in Megatron-Core, with its reason."""
+        return [
+            *fallbacks.patches(),
+            Patch(
+                f"{_TRAINING}.arguments:add_megatron_arguments",
+                ("parser",),
+                "adds the flags of Seq1F1B to Megatron's",
+                self._add_arguments,
+            ),
+            Patch(
+                f"{_TRAINING}.arguments:validate_args",
+                ("args",),
+                "checks the flags before any process group is made",
+                self._validate,
+            ),
+            Patch(
+                f"{_SCHEDULES}:get_forward_backward_func",
+                ("pp_size", "vp_size", "schedule_pg_collection"),
+                "runs sub-sequences in the executor, and measures Megatron's own loops",
+                self._forward_backward_func,
+            ),
+            Patch(
+                f"{_SCHEDULES}:forward_step",
+                ("forward_step_func", "data_iterator", "model", "vp_stage", "is_last_stage"),
+                "times the forwards of Megatron's own loops",
+                self.meter.timing(Kind.F),
+            ),
+            Patch(
+                f"{_SCHEDULES}:backward_step",
+                ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
+                "times the backwards of Megatron's own loops",
+                self.meter.timing(Kind.B),
+            ),
+            Patch(
+                f"{_CORE}.utils:get_batch_on_this_cp_rank",
+                ("batch",),
+                "cuts a micro-batch to the running sub-sequence",
+                self.cutter.replacement,
+            ),
+            Patch(
+                f"{_CORE}.transformer.dot_product_attention:DotProductAttention.forward",
+                ("query", "key", "value", "attention_mask", "packed_seq_params"),
+                "attends to earlier sub-sequences, with flash kernels instead of the full matrix",
+                local_attention(self.context),
+            ),
+            *self._transformer_engine_patches(),
+            Patch(
+                f"{_CORE}.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",
+                ("max_seq_len", "offset"),
+                "rotary positions of a sub-sequence start at its offset",
+                rotary_offset(self.context),
+            ),
+            Patch(
+                f"{_CORE}.models.common.embeddings.yarn_rotary_pos_embedding:"
+                "YarnRotaryEmbedding.forward",
+                ("max_seq_len", "offset"),
+                "rotary positions of a sub-sequence start at its offset",
+                rotary_offset(self.context),
+            ),
+            Patch(
+                f"{_TRAINING}.training:train_step",
+                ("forward_step_func", "data_iterator", "model", "forward_backward_func"),
+                "times whole iterations",
+                self.meter.train_step,
+            ),
+            Patch(
+                f"{_TRAINING}.training:training_log",
+                ("loss_dict", "iteration"),
+                "logs tokens/s, TFLOP/s, activation memory and bubble ratio",
+                self._training_log,
+            ),
+        ]
+
+    def _transformer_engine_patches(self) -> list[Patch]:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        if not HAVE_TE:
+            return []
+        return [
+            Patch(
+                f"{_CORE}.extensions.transformer_engine:TEDotProductAttention.forward",
+                ("query", "key", "value", "attention_mask", "attn_mask_type"),
+                "attends to earlier sub-sequences",
+                transformer_engine_attention(self.context),
+            )
+        ]
+
+    def _add_arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            return add_arguments(original(parser))
+
+        return add_megatron_arguments
+
+    def _validate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_args(args: argparse.Namespace, defaults: Any = None) -> Any:
+            result = original(args, defaults or {})
+            self.settings, faults = settings_from(args)
+            refuse(faults, args.rank)
+            self.context.use_kernel(self.settings.attention)
+            return result
+
+        return validate_args
+
+    def _forward_backward_func(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            settings = self.settings
+            if settings is None or not settings.runs_executor:
+                return self.meter.around_loop(original(*args, **kwargs))
+            return self._run_step
+
+        return get_forward_backward_func
+
+    def _run_step(self, **kwargs: Any) -> list[Any]:
+        from megatron.adaptor.step import Step, describe, make_backward_group
+
+        assert self.settings is not None
+        step = Step(self.settings, self.context, self.cutter, **kwargs)
+        if self._backward_group is None:
+            self._backward_group = make_backward_group()
+            _print_rank_0(f"> {describe(step.schedule)}; lengths {_lengths(step.parts)}")
+        return self.meter.measure(
+            kwargs["model"], lambda clock: step.run(self._backward_group, clock)
+        )
+
+    def _training_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def training_log(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self._log(args[3])
+            return result
+
+        return training_log
+
+    def _log(self, iteration: int) -> None:
+        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+        from megatron.training import get_args
+        from megatron.training.training import num_floating_point_operations
+
+        args = get_args()
+        batch_size = get_current_global_batch_size()
+        operations = num_floating_point_operations(args, batch_size)
+        entry = self.meter.iteration(iteration, operations, batch_size * args.seq_length)
+        if entry is None or torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+            return
+        if iteration % args.log_interval == 0:
+            print(entry.log_line(), flush=True)
+        if self.settings and self.settings.metrics_file:
+            metrics.append_json(entry, self.settings.metrics_file)
+
+
+def _print_rank_0(message: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(message, flush=True)
+
+
+def _lengths(parts: Any) -> str:
+    return ", ".join(str(part.length) for part in parts)

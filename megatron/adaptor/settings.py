@@ -1,0 +1,234 @@
+"""The flags of Seq1F1B: what they are, what they may be, and what they mean for a step."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.schedule import Schedule, forward_only, interleaved, lower, validate
+from seq1f1b.sequence import (
+    BALANCE_METHODS,
+    PartitionError,
+    SubSequence,
+    TokenCost,
+    partition,
+    sub_sequences,
+)
+
+MINDSPEED_SPLITS = 4
+SCHEDULES = ("auto", "1f1b")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags to Megatron's parser."""
+    group = parser.add_argument_group(title="seq1f1b")
+    group.add_argument(
+        "--seq1f1b-splits",
+        type=int,
+        default=None,
+        help="Number of sub-sequences that each micro-batch is cut into (default 1: Megatron's own "
+        "schedule, untouched). More splits mean less bubble and less activation memory, as long as "
+        "one sub-sequence still fills the device.",
+    )
+    group.add_argument(
+        "--seq1f1b-balance-method",
+        choices=BALANCE_METHODS,
+        default="uniform_comp",
+        help="Where to cut: average makes sub-sequences of equal length, uniform_comp of equal "
+        "computation, since later tokens attend to more. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--enable-seq1f1b",
+        action="store_true",
+        help=f"Same as --seq1f1b-splits {MINDSPEED_SPLITS} when no number of splits is given.",
+    )
+    group.add_argument(
+        "--seq1f1b-schedule",
+        choices=SCHEDULES,
+        default="auto",
+        help="auto runs one split in Megatron's own loop and more in the executor of Seq1F1B; 1f1b "
+        "runs one split there too. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seq1f1b-attention",
+        choices=sorted(KERNELS),
+        default=None,
+        help="Attention kernel of sub-sequences (default: the fastest that takes the tensors).",
+    )
+    group.add_argument(
+        "--seq1f1b-metrics-file",
+        default=None,
+        metavar="FILE",
+        help="Append one JSON line per iteration: loss, time, tokens/s, TFLOP/s per device, peak "
+        "activation memory and bubble ratio of each stage.",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated flags.
+
+    multiple: what every sub-sequence length must be a multiple of.
+    """
+
+    num_splits: int
+    balance_method: Any
+    runs_executor: bool
+    attention: str | None
+    metrics_file: str | None
+    sequence_length: int
+    multiple: int
+    cost: TokenCost
+
+    def schedule(
+        self, num_stages: int, num_chunks: int, num_micro_batches: int, *, trains: bool
+    ) -> Schedule:
+        """Return the validated, lowered schedule of one step."""
+        return _schedule(num_stages, num_chunks, num_micro_batches, self.num_splits, trains)
+
+    def cut(self, length: int) -> tuple[SubSequence, ...]:
+        """Return the sub-sequences of a micro-batch of ``length`` tokens."""
+        return sub_sequences(
+            partition(
+                length,
+                self.num_splits,
+                method=self.balance_method,
+                cost=self.cost,
+                multiple=self.multiple,
+            )
+        )
+
+
+@lru_cache(maxsize=16)
+def _schedule(
+    num_stages: int, num_chunks: int, num_micro_batches: int, num_splits: int, trains: bool
+) -> Schedule:
+    make: Callable[..., Schedule] = interleaved if trains else forward_only
+    schedule = lower(make(num_stages, num_chunks, num_micro_batches, num_splits))
+    validate(schedule)
+    return schedule
+
+
+def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """Read Megatron's parsed and validated arguments; return the settings and every fault."""
+    num_splits = args.seq1f1b_splits
+    if num_splits is None:
+        num_splits = MINDSPEED_SPLITS if args.enable_seq1f1b else 1
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    settings = Settings(
+        num_splits=num_splits,
+        balance_method=args.seq1f1b_balance_method,
+        runs_executor=num_splits > 1 or args.seq1f1b_schedule != "auto",
+        attention=args.seq1f1b_attention,
+        metrics_file=args.seq1f1b_metrics_file,
+        sequence_length=args.seq_length,
+        multiple=multiple,
+        cost=_token_cost(args),
+    )
+    faults = [*_split_faults(settings, args)]
+    if settings.runs_executor:
+        faults += _feature_faults(args)
+    return settings, faults
+
+
+def refuse(faults: list[str], rank: int) -> None:
+    """End the process if there are ``faults``; rank 0 says all of them."""
+    if not faults:
+        return
+    listing = "\n".join(f"  - {fault}" for fault in faults)
+    sys.exit(f"Seq1F1B cannot run with these arguments:\n{listing}" if rank == 0 else 2)
+
+
+def _split_faults(settings: Settings, args: argparse.Namespace) -> list[str]:
+    given = f"--seq1f1b-splits {settings.num_splits}"
+    if settings.num_splits < 1:
+        return [f"{given}: must be at least 1 (1 is Megatron's own schedule)"]
+    try:
+        settings.cut(settings.sequence_length)
+    except PartitionError as error:
+        because = (
+            f" (--sequence-parallel with --tensor-model-parallel-size {settings.multiple} deals "
+            f"tokens out {settings.multiple} at a time)"
+            if settings.multiple > 1
+            else ""
+        )
+        return [f"{given} with --seq-length {args.seq_length}: {error}{because}"]
+    return []
+
+
+def _feature_faults(args: argparse.Namespace) -> list[str]:
+    """Return a line for every flag that the executor does not support, with what to do."""
+    return [
+        f"{flag} {advice}"
+        for is_set, flag, advice in _UNSUPPORTED
+        if is_set(args)
+    ]
+
+
+def _truthy(name: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: bool(getattr(args, name, None))
+
+
+_REMOVE = "is not supported with sub-sequences: leave it out, or use --seq1f1b-splits 1"
+_UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] = (
+    (
+        lambda args: args.attention_dropout > 0,
+        "--attention-dropout",
+        "must be 0 with sub-sequences (Megatron's default is 0.1): add --attention-dropout 0",
+    ),
+    (
+        lambda args: args.context_parallel_size > 1,
+        "--context-parallel-size",
+        "must be 1 with sub-sequences: raise --tensor-model-parallel-size or the splits instead",
+    ),
+    (
+        lambda args: bool(args.num_experts),
+        "--num-experts",
+        "(mixture of experts) is not supported with sub-sequences: use --seq1f1b-splits 1",
+    ),
+    (_truthy("multi_latent_attention"), "--multi-latent-attention", _REMOVE),
+    (_truthy("mtp_num_layers"), "--mtp-num-layers", _REMOVE),
+    (_truthy("reset_attention_mask"), "--reset-attention-mask", _REMOVE),
+    (_truthy("dataloader_inter_document_masking"), "--dataloader-inter-document-masking", _REMOVE),
+    (_truthy("sft"), "--sft (packed samples)", _REMOVE),
+    (_truthy("variable_seq_lengths"), "--variable-seq-lengths", _REMOVE),
+    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _REMOVE),
+    (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _REMOVE),
+    (_truthy("window_size"), "--window-size", _REMOVE),
+    (_truthy("fine_grained_activation_offloading"), "--fine-grained-activation-offloading", _REMOVE),
+    (_truthy("overlap_moe_expert_parallel_comm"), "--overlap-moe-expert-parallel-comm", _REMOVE),
+    (_truthy("use_megatron_fsdp"), "--use-megatron-fsdp", _REMOVE),
+    (_truthy("use_torch_fsdp2"), "--use-torch-fsdp2", _REMOVE),
+    (
+        _truthy("num_microbatches_with_partial_activation_checkpoints"),
+        "--num-microbatches-with-partial-activation-checkpoints",
+        _REMOVE,
+    ),
+    (
+        lambda args: getattr(args, "cuda_graph_impl", "none") != "none",
+        "--cuda-graph-impl",
+        "must be none with sub-sequences",
+    ),
+    (
+        lambda args: getattr(args, "softmax_type", "vanilla") != "vanilla",
+        "--softmax-type",
+        "must be vanilla with sub-sequences",
+    ),
+)
+
+
+def _token_cost(args: argparse.Namespace) -> TokenCost:
+    """Count the layers only: the output layer costs the last stage alone."""
+    return TokenCost.of_transformer(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        ffn_hidden_size=args.ffn_hidden_size,
+        gated_linear_unit=args.swiglu,
+    )

@@ -1,0 +1,262 @@
+"""A training or evaluation step of Megatron, run by the executor of Seq1F1B."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron.adaptor.batch import BatchCutter, Replay
+from megatron.adaptor.loss import TokenExactLoss
+from megatron.adaptor.settings import Settings
+from seq1f1b.runtime import ActionClock, ExecutionContext, PointToPoint, execute
+from seq1f1b.schedule import Action, Schedule
+
+
+class Step:
+    """Everything that one call of Megatron's ``forward_backward_func`` works with."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        context: ExecutionContext,
+        cutter: BatchCutter,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: Any,
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> None:
+        if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
+            raise ValueError(
+                "Seq1F1B does its own pipeline communication: distillation and multi-module "
+                "pipelines need --seq1f1b-splits 1"
+            )
+        self.chunks: list[Any] = model if isinstance(model, list) else [model]
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        self.replays = [None if it is None else Replay(it) for it in iterators]
+        self.config = get_model_config(self.chunks[0])
+        self.groups = pg_collection or schedules._build_default_pg_collection()
+        self.context, self.cutter = context, cutter
+        self.forward_step_func = forward_step_func
+        self.num_micro_batches = num_microbatches
+        self.micro_batch_size = micro_batch_size
+        self.forward_only = forward_only
+        self.collect_non_loss_data = collect_non_loss_data
+        self.first_val_step = first_val_step
+        self.force_all_reduce = force_all_reduce
+        self.parts = settings.cut(decoder_seq_length or seq_length)
+        self.stage = self.groups.pp.rank()
+        self.schedule = settings.schedule(
+            self.groups.pp.size(), len(self.chunks), num_microbatches, trains=not forward_only
+        )
+        self.num_tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
+        self.loss = TokenExactLoss(cutter, per_token=self.config.calculate_per_token_loss)
+        self.gradient_sync = _GradientSync(self)
+
+    def run(self, backward_group: Any, clock: ActionClock) -> list[Any]:
+        """Run the step and return one report per micro-batch (on the last stage)."""
+        embedding = self._begin()
+        execute(
+            self.schedule.stages[self.stage],
+            self,
+            self._transport(backward_group),
+            self.context,
+            [self.parts] * self.num_micro_batches,
+            clock,
+            stage=self.stage,
+        )
+        self._finish(embedding)
+        return self.loss.reports
+
+    def forward(self, action: Action, received: Tensor | None) -> Tensor:
+        """See Computation."""
+        replay = self.replays[action.chunk]
+        if replay is not None and action.sub_sequence == 0:
+            replay.go_on()
+        self.cutter.forget()
+        is_last = self.schedule.downstream(self.stage, action.chunk) is None
+        interleaved = self.schedule.num_chunks > 1
+        store: list[Any] = []
+        output, num_tokens = schedules.forward_step(
+            self._forward_step_of(action),
+            replay,
+            self.chunks[action.chunk],
+            self.num_micro_batches,
+            received,
+            store,
+            self.config,
+            cp_group_size=self.groups.cp.size(),
+            collect_non_loss_data=self.collect_non_loss_data,
+            is_first_microbatch=schedules.check_first_val_step(
+                self.first_val_step,
+                self.forward_only,
+                action.micro_batch == 0 and action.sub_sequence == 0,
+            ),
+            current_microbatch=action.micro_batch,
+            vp_stage=action.chunk if interleaved else None,
+            is_last_stage=is_last,
+        )
+        self.num_tokens += num_tokens
+        if store:
+            self.loss.collect(action, store[0])
+        return output
+
+    def backward(
+        self, action: Action, received: Tensor | None, output: Tensor, gradient: Tensor | None
+    ) -> Tensor | None:
+        """See Computation."""
+        with self.gradient_sync.around(action):
+            return schedules.backward_step(received, output, gradient, self.config)
+
+    def output_sent(self, output: Tensor) -> None:
+        """See Computation."""
+        schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+
+    def _forward_step_of(self, action: Action) -> Callable[..., Any]:
+        def forward_step(*args: Any) -> tuple[Tensor, Callable[..., Any]]:
+            output, loss_function = self.forward_step_func(*args)
+            return output, self.loss.wrap(action, loss_function)
+
+        return forward_step
+
+    def _transport(self, backward_group: Any) -> PointToPoint:
+        tokens_per_rank = self.groups.tp.size() if self.config.sequence_parallel else 1
+
+        def shape(action: Action) -> tuple[int, ...]:
+            length = self.parts[action.sub_sequence].length
+            return length // tokens_per_rank, self.micro_batch_size, self.config.hidden_size
+
+        return PointToPoint(
+            self.schedule,
+            self.stage,
+            ranks=torch.distributed.get_process_group_ranks(self.groups.pp),
+            forward_group=self.groups.pp,
+            backward_group=backward_group,
+            shape=shape,
+            dtype=self.config.pipeline_dtype or self.config.params_dtype,
+            device=torch.cuda.current_device(),
+        )
+
+    @property
+    def _is_last_rank(self) -> bool:
+        return self.stage == self.schedule.num_stages - 1
+
+    def _begin(self) -> Any:
+        if self.config.timers is not None:
+            barrier = self.config.barrier_with_L1_time
+            self.config.timers("forward-backward", log_level=1).start(barrier=barrier)
+        self.gradient_sync.begin()
+        if self.forward_only or self.config.finalize_model_grads_func is None:
+            return None
+        model = self.chunks if len(self.chunks) > 1 else self.chunks[0]
+        return schedules.clear_embedding_activation_buffer(self.config, model, self._is_last_rank)
+
+    def _finish(self, embedding: Any) -> None:
+        self.gradient_sync.finish()
+        config = self.config
+        if config.finalize_model_grads_func is not None and not self.forward_only:
+            schedules.finish_embedding_wgrad_compute(
+                config, embedding, self._is_last_rank, self.groups.tp
+            )
+            config.finalize_model_grads_func(
+                self.chunks,
+                self.num_tokens if config.calculate_per_token_loss else None,
+                pg_collection=self.groups,
+                force_all_reduce=self.force_all_reduce,
+            )
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+
+
+class _GradientSync:
+    """Lets data-parallel reduction start with the last backward of each model chunk.
+
+    Until then Megatron's ``no_sync`` contexts are open. With ``grad_sync_func`` set (aligned
+    reduction) Megatron wants to start it itself, after the last backward.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._open: contextlib.ExitStack | None = None
+        self._synced: set[int] = set()
+
+    def begin(self) -> None:
+        self._disable()
+        sync_parameters = self._step.config.param_sync_func
+        if sync_parameters is not None:
+            for chunk, start in zip(self._step.chunks, self._listed(sync_parameters), strict=True):
+                start(chunk.parameters())
+
+    @contextlib.contextmanager
+    def around(self, action: Action) -> Iterator[None]:
+        is_last = (
+            action.sub_sequence == 0 and action.micro_batch == self._step.num_micro_batches - 1
+        )
+        if not is_last or self._step.config.grad_sync_func is not None:
+            yield
+            return
+        self._enable()
+        self._synced.add(action.chunk)
+        yield
+        if len(self._synced) < len(self._step.chunks):
+            self._disable()
+
+    def finish(self) -> None:
+        self._enable()
+        start_sync = self._step.config.grad_sync_func
+        if start_sync is None or self._step.forward_only:
+            return
+        for chunk, start in zip(self._step.chunks, self._listed(start_sync), strict=True):
+            start(chunk.parameters())
+
+    def _listed(self, function: Any) -> list[Any]:
+        return function if isinstance(function, list) else [function] * len(self._step.chunks)
+
+    def _disable(self) -> None:
+        no_sync = self._step.config.no_sync_func
+        if no_sync is None or self._open is not None:
+            return
+        self._open = contextlib.ExitStack()
+        for enter in no_sync if isinstance(no_sync, list) else [no_sync]:
+            self._open.enter_context(enter())
+
+    def _enable(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def make_backward_group() -> Any:
+    """Make a second process group over the ranks of this rank's pipeline; all ranks must call."""
+    own = torch.distributed.get_process_group_ranks(
+        parallel_state.get_pipeline_model_parallel_group()
+    )
+    pipelines: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(pipelines, own)
+    group, _ = torch.distributed.new_subgroups_by_enumeration(
+        sorted({tuple(ranks) for ranks in pipelines})
+    )
+    return group
+
+
+def describe(schedule: Schedule) -> str:
+    """Return the one line that says what will run."""
+    return (
+        f"{schedule.name}: {schedule.num_stages} stages x {schedule.num_chunks} model chunks, "
+        f"{schedule.num_micro_batches} micro-batches x {schedule.num_splits} sub-sequences"
+    )

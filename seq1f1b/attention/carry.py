@@ -1,0 +1,128 @@
+"""The KV carry: keys and values of earlier sub-sequences, with their gradient accumulators."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from seq1f1b.sequence import SubSequence
+
+_BufferKey = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+class LayerCarry:
+    """What one attention layer carries through the sub-sequences of one micro-batch.
+
+    ``keys`` is ``[total, b, kv heads, k dim]``, ``values`` ``[total, b, kv heads, v dim]``: one
+    buffer each, as long as the sequence, into which every sub-sequence writes at its own offset.
+    Writing twice is harmless, so a recomputed forward needs no special case. Autograd never saves
+    these buffers; the backward reads them again, and nothing before it overwrites a prefix.
+    """
+
+    def __init__(self, pool: "CarryPool", keys: Tensor, values: Tensor) -> None:
+        self._pool = pool
+        self.keys = keys
+        self.values = values
+        self._key_gradients: Tensor | None = None
+        self._value_gradients: Tensor | None = None
+
+    def write(self, part: SubSequence, keys: Tensor, values: Tensor) -> None:
+        """Store the sub-sequence's own keys and values, ``[part.length, b, kv heads, dim]``."""
+        self.keys[part.start : part.stop].copy_(keys.detach())
+        self.values[part.start : part.stop].copy_(values.detach())
+
+    def gradients_before(self, part: SubSequence) -> tuple[Tensor, Tensor]:
+        """Return the accumulators of all tokens before ``part``, to be added to in place.
+
+        They are at least float32 and are made by the last sub-sequence's backward, the first to
+        come, as long as the prefix that it attends to.
+        """
+        if self._key_gradients is None or self._value_gradients is None:
+            self._key_gradients = self._accumulator(self.keys, part.start)
+            self._value_gradients = self._accumulator(self.values, part.start)
+        return self._key_gradients[: part.start], self._value_gradients[: part.start]
+
+    def gradients_of(self, part: SubSequence) -> tuple[Tensor, Tensor] | None:
+        """Return what later sub-sequences added for the tokens of ``part``; None for the last."""
+        if part.is_last or self._key_gradients is None or self._value_gradients is None:
+            return None
+        rows = slice(part.start, part.stop)
+        return self._key_gradients[rows], self._value_gradients[rows]
+
+    def release(self) -> None:
+        """Give all buffers back to the pool."""
+        for buffer in (self.keys, self.values, self._key_gradients, self._value_gradients):
+            if buffer is not None:
+                self._pool.give_back(buffer)
+        self._key_gradients = self._value_gradients = None
+
+    def _accumulator(self, like: Tensor, num_tokens: int) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return self._pool.take((num_tokens, *like.shape[1:]), dtype, like.device).zero_()
+
+
+class CarryPool:
+    """Buffers of the KV carry, kept and handed out again from one micro-batch to the next.
+
+    ``bytes_in_use`` and ``peak_bytes`` count what is handed out, ``bytes_held`` what exists;
+    ``on_take``, if set, is called whenever a buffer has been handed out.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[_BufferKey, list[Tensor]] = defaultdict(list)
+        self._carries: defaultdict[Hashable, dict[Hashable, LayerCarry]] = defaultdict(dict)
+        self.bytes_in_use = 0
+        self.bytes_held = 0
+        self.peak_bytes = 0
+        self.on_take: Callable[[], None] | None = None
+
+    def carry(
+        self, micro_batch: Hashable, layer: Hashable, total: int, keys: Tensor, values: Tensor
+    ) -> LayerCarry:
+        """Return the carry of ``layer`` for ``micro_batch``, made on first use.
+
+        ``total`` is the length of the micro-batch's sequence; ``keys`` and ``values`` are those of
+        any sub-sequence, ``[n, b, kv heads, dim]``: they give shape, type and device.
+        """
+        carries = self._carries[micro_batch]
+        if layer not in carries:
+            carries[layer] = LayerCarry(
+                self,
+                self.take((total, *keys.shape[1:]), keys.dtype, keys.device),
+                self.take((total, *values.shape[1:]), values.dtype, values.device),
+            )
+        return carries[layer]
+
+    def release(self, micro_batch: Hashable) -> None:
+        """Take back every buffer of ``micro_batch``; its first sub-sequence's backward is done."""
+        for carry in self._carries.pop(micro_batch, {}).values():
+            carry.release()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Hand out an uninitialised buffer."""
+        free = self._free[shape, dtype, device]
+        if free:
+            buffer = free.pop()
+        else:
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            self.bytes_held += buffer.nbytes
+        self.bytes_in_use += buffer.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes_in_use)
+        if self.on_take is not None:
+            self.on_take()
+        return buffer
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Take back a buffer that was handed out."""
+        self._free[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
+        self.bytes_in_use -= buffer.nbytes
+
+    def check_whole(self) -> None:
+        """Assert that nothing is handed out any more, as it must be at the end of every step."""
+        assert not self._carries, f"KV carry of {sorted(map(str, self._carries))} never released"
+        assert self.bytes_in_use == 0, f"{self.bytes_in_use} bytes of KV carry never given back"
+
+    def reset_peak(self) -> None:
+        """Start a new measurement of ``peak_bytes``."""
+        self.peak_bytes = self.bytes_in_use

@@ -1,0 +1,47 @@
+"""What an attention kernel offers."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Kernel(Protocol):
+    """Causal attention of the last n of c + n tokens over all of them.
+
+    Shapes: query ``[n, b, heads, k dim]``, key ``[c + n, b, kv heads, k dim]``, value
+    ``[c + n, b, kv heads, v dim]``, where heads is a multiple of kv heads. Query i may look at keys
+    0 to c + i.
+    """
+
+    name: str
+
+    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the kernel can compute on tensors of this device, type and head size."""
+        ...
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output ``[n, b, heads, v dim]`` and the log-sum-exp, which is the kernel's own.
+
+        ``scale`` multiplies the products of queries and keys before the softmax.
+        """
+        ...
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+        prefix_gradients: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of the query and of the last n keys and values.
+
+        Gradients of the first c keys and values are added to ``prefix_gradients``, two tensors of
+        c rows (None if c is 0).
+        """
+        ...

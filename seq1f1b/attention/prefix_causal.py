@@ -1,0 +1,103 @@
+"""Differentiable causal attention of one sub-sequence, with or without a KV carry."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seq1f1b.attention.carry import LayerCarry
+from seq1f1b.attention.kernels import Kernel
+from seq1f1b.sequence import SubSequence
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kernel: Kernel,
+    scale: float,
+    carry: LayerCarry | None = None,
+    part: SubSequence | None = None,
+) -> Tensor:
+    """Attend from the tokens of ``part`` to themselves and to everything before them.
+
+    query ``[n, b, heads, k dim]``, key ``[n, b, kv heads, k dim]`` and value
+    ``[n, b, kv heads, v dim]`` are those of ``part``; ``carry`` supplies earlier keys and values
+    and takes these. Without ``carry`` the tensors are a whole sequence. Returns
+    ``[n, b, heads, v dim]``. Raises ValueError when there are not as many tokens as in ``part``.
+    """
+    if carry is not None and part is not None:
+        if query.shape[0] != part.length:
+            raise ValueError(
+                f"attention got {query.shape[0]} tokens for sub-sequence {part.index}, which has "
+                f"{part.length} of {part.total}: cut the batch along the sequence first"
+            )
+        return _PrefixCausal.apply(query, key, value, carry, part, scale, kernel)
+    return _WholeCausal.apply(query, key, value, scale, kernel)
+
+
+class _PrefixCausal(torch.autograd.Function):
+    """Keys and values go into the carry; their gradients come back through its accumulators."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        carry: LayerCarry,
+        part: SubSequence,
+        scale: float,
+        kernel: Kernel,
+    ) -> Tensor:
+        carry.write(part, key, value)
+        # A view of the fused projection would keep its keys and values alive as well.
+        query = query.contiguous()
+        keys, values = carry.keys[: part.stop], carry.values[: part.stop]
+        output, log_sum_exp = kernel.forward(query, keys, values, scale)
+        ctx.save_for_backward(query, output, log_sum_exp)
+        ctx.carry, ctx.part, ctx.scale, ctx.kernel = carry, part, scale, kernel
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        query, output, log_sum_exp = ctx.saved_tensors
+        carry: LayerCarry = ctx.carry
+        part: SubSequence = ctx.part
+        grad_query, grad_key, grad_value = ctx.kernel.backward(
+            grad_output.contiguous(),
+            query,
+            carry.keys[: part.stop],
+            carry.values[: part.stop],
+            output,
+            log_sum_exp,
+            ctx.scale,
+            carry.gradients_before(part) if part.start else None,
+        )
+        from_later = carry.gradients_of(part)
+        if from_later is not None:
+            grad_key = (from_later[0] + grad_key).to(grad_key.dtype)
+            grad_value = (from_later[1] + grad_value).to(grad_value.dtype)
+        return grad_query, grad_key, grad_value, None, None, None, None
+
+
+class _WholeCausal(torch.autograd.Function):
+    """The same kernel on a sequence that is not cut."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: Kernel
+    ) -> Tensor:
+        output, log_sum_exp = kernel.forward(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        ctx.scale, ctx.kernel = scale, kernel
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        query, key, value, output, log_sum_exp = ctx.saved_tensors
+        grads = ctx.kernel.backward(
+            grad_output.contiguous(), query, key, value, output, log_sum_exp, ctx.scale, None
+        )
+        return *grads, None, None

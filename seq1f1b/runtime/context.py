@@ -1,0 +1,59 @@
+"""The one object that knows which action is running, for the layers that have to know."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from seq1f1b.attention import CarryPool, causal_attention, choose_kernel
+from seq1f1b.schedule import Action
+from seq1f1b.sequence import SubSequence
+
+
+class ExecutionContext:
+    """Holds the running action, its sub-sequence and the KV carries of one rank."""
+
+    def __init__(self, kernel: str | None = None) -> None:
+        self.carries = CarryPool()
+        self.action: Action | None = None
+        self.part: SubSequence | None = None
+        self.use_kernel(kernel)
+
+    def use_kernel(self, name: str | None) -> None:
+        """Take the attention kernel called ``name``; None takes the best that is there."""
+        self._kernel = name
+
+    @contextmanager
+    def running(self, action: Action, part: SubSequence) -> Iterator[None]:
+        """Mark ``action`` as running on ``part``; a backward may recompute the forward in it."""
+        self.action, self.part = action, part
+        try:
+            yield
+        finally:
+            self.action = self.part = None
+
+    @property
+    def offset(self) -> int:
+        """Position of the running sub-sequence's first token; 0 when nothing runs."""
+        return self.part.start if self.part else 0
+
+    def attend(
+        self, layer: object, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Causal attention of ``layer`` over the running sub-sequence and those before it.
+
+        Shapes are those of ``causal_attention``. When no sub-sequence runs, or it is the whole
+        micro-batch, the tensors are the whole sequence and nothing is carried.
+        """
+        kernel = choose_kernel(query, key, value, self._kernel)
+        if self.action is None or self.part is None or self.part.length == self.part.total:
+            return causal_attention(query, key, value, kernel=kernel, scale=scale)
+        owner = self.action.chunk, self.action.micro_batch
+        carry = self.carries.carry(owner, layer, self.part.total, key, value)
+        return causal_attention(
+            query, key, value, kernel=kernel, scale=scale, carry=carry, part=self.part
+        )
+
+    def release_carry(self, action: Action) -> None:
+        """Give back what was carried through the micro-batch of ``action``."""
+        self.carries.release((action.chunk, action.micro_batch))

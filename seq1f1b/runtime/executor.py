@@ -1,0 +1,151 @@
+"""Runs a rank's actions one after the other; it knows no schedule."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from seq1f1b.runtime.clock import ActionClock
+from seq1f1b.runtime.context import ExecutionContext
+from seq1f1b.runtime.transport import Pending, Transport
+from seq1f1b.schedule import Action, Kind
+from seq1f1b.sequence import SubSequence
+
+
+class ActionError(RuntimeError):
+    """An action failed; the message names stage, step and action, the cause is chained."""
+
+
+class Computation(Protocol):
+    """What a stage computes in one action."""
+
+    def forward(self, action: Action, received: Tensor | None) -> Tensor:
+        """Return the stage's output, or on the last model part the loss.
+
+        ``received`` is the output of the model part before, None on the first.
+        """
+        ...
+
+    def backward(
+        self, action: Action, received: Tensor | None, output: Tensor, gradient: Tensor | None
+    ) -> Tensor | None:
+        """Add to the parameters' gradients and return the gradient of ``received``.
+
+        ``gradient`` is that of ``output``, None on the last model part.
+        """
+        ...
+
+    def output_sent(self, output: Tensor) -> None:
+        """The output has been handed to the next stage; only its graph is needed now."""
+        ...
+
+
+def execute(
+    actions: Sequence[Action],
+    computation: Computation,
+    transport: Transport,
+    context: ExecutionContext,
+    parts: Sequence[Sequence[SubSequence]],
+    clock: ActionClock,
+    *,
+    stage: int,
+) -> None:
+    """Run ``actions`` (lowered, of one stage) to the end.
+
+    parts: for each micro-batch its sub-sequences. Raises ActionError from whatever an action
+    raised. Afterwards every tensor is consumed and the KV carry is whole, which is asserted.
+    """
+    run = _Run(computation, transport, context, parts, clock, actions)
+    for step, action in enumerate(actions):
+        try:
+            run.handlers[action.kind](action)
+        except Exception as error:
+            message = f"stage {stage}, step {step} of {len(actions)}, action {action}: {error}"
+            raise ActionError(message) from error
+    transport.finish()
+    run.check_empty()
+
+
+class _Run:
+    """The tensors of one step that are alive between actions."""
+
+    def __init__(
+        self,
+        computation: Computation,
+        transport: Transport,
+        context: ExecutionContext,
+        parts: Sequence[Sequence[SubSequence]],
+        clock: ActionClock,
+        actions: Sequence[Action],
+    ) -> None:
+        self.computation = computation
+        self.transport = transport
+        self.context = context
+        self.parts = parts
+        self.clock = clock
+        self.trains = any(action.kind is Kind.B for action in actions)
+        self.sends = {action for action in actions if action.kind.is_send}
+        self.arriving: dict[Action, Pending] = {}
+        self.alive: dict[Action, tuple[Tensor | None, Tensor]] = {}
+        self.gradients: dict[Action, Tensor] = {}
+        self.handlers = {
+            Kind.F: self.forward,
+            Kind.B: self.backward,
+            Kind.SEND_F: self.send_forward,
+            Kind.SEND_B: self.send_backward,
+            Kind.RECV_F: self.receive,
+            Kind.RECV_B: self.receive,
+        }
+
+    def forward(self, action: Action) -> None:
+        received = self.take(action.of_kind(Kind.RECV_F))
+        if received is not None and self.trains:
+            received.requires_grad_()
+        part = self.part(action)
+        self.clock.begin()
+        with self.context.running(action, part):
+            output = self.computation.forward(action, received)
+        self.clock.end(action)
+        if self.trains or action.of_kind(Kind.SEND_F) in self.sends:
+            self.alive[action] = (received, output)
+        if part.is_last and not self.trains:
+            self.context.release_carry(action)
+
+    def backward(self, action: Action) -> None:
+        gradient = self.take(action.of_kind(Kind.RECV_B))
+        received, output = self.alive.pop(action.of_kind(Kind.F))
+        self.clock.begin()
+        with self.context.running(action, self.part(action)):
+            input_gradient = self.computation.backward(action, received, output, gradient)
+        self.clock.end(action)
+        send = action.of_kind(Kind.SEND_B)
+        if send in self.sends:
+            assert input_gradient is not None, f"{action} made no gradient to send"
+            self.gradients[send] = input_gradient
+        if action.sub_sequence == 0:
+            self.context.release_carry(action)
+
+    def receive(self, action: Action) -> None:
+        self.arriving[action] = self.transport.receive(action)
+
+    def send_forward(self, action: Action) -> None:
+        forward = action.of_kind(Kind.F)
+        _, output = self.alive[forward] if self.trains else self.alive.pop(forward)
+        self.transport.send(action, output)
+        self.computation.output_sent(output)
+
+    def send_backward(self, action: Action) -> None:
+        self.transport.send(action, self.gradients.pop(action))
+
+    def take(self, action: Action) -> Tensor | None:
+        pending = self.arriving.pop(action, None)
+        return pending.wait() if pending else None
+
+    def part(self, action: Action) -> SubSequence:
+        return self.parts[action.micro_batch][action.sub_sequence]
+
+    def check_empty(self) -> None:
+        for name in ("arriving", "alive", "gradients"):
+            left = getattr(self, name)
+            assert not left, f"{name} after the step: {', '.join(map(str, left))}"
+        self.context.carries.check_whole()

@@ -1,0 +1,21 @@
+"""Who computes what, when: pipeline schedules as data."""
+
+from seq1f1b.schedule.action import Action, Kind
+from seq1f1b.schedule.generators import forward_only, gpipe, interleaved, one_f_one_b
+from seq1f1b.schedule.lower import lower
+from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.validate import ScheduleError, peak_live, validate
+
+__all__ = [
+    "Action",
+    "Kind",
+    "Schedule",
+    "ScheduleError",
+    "forward_only",
+    "gpipe",
+    "interleaved",
+    "lower",
+    "one_f_one_b",
+    "peak_live",
+    "validate",
+]

@@ -1,0 +1,20 @@
+"""How the sequence of one micro-batch is cut into sub-sequences."""
+
+from seq1f1b.sequence.flops import TokenCost
+from seq1f1b.sequence.partition import (
+    BALANCE_METHODS,
+    PartitionError,
+    imbalance,
+    partition,
+)
+from seq1f1b.sequence.sub_sequence import SubSequence, sub_sequences
+
+__all__ = [
+    "BALANCE_METHODS",
+    "PartitionError",
+    "SubSequence",
+    "TokenCost",
+    "imbalance",
+    "partition",
+    "sub_sequences",
+]

@@ -1,0 +1,69 @@
+"""What the tokens of a causal transformer cost, as a function of their position.
+
+A token costs the same in every projection, whatever its position, and one attention product per
+token that it attends to. Sub-sequence ``[c, c + n)`` therefore costs
+
+    linear * n + attention * (n * c + n * (n + 1) / 2)
+
+floating-point operations in the forward pass (arXiv 2406.03488, section 3.3, which counts the
+same two terms), and twice that in the backward pass.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Forward floating-point operations of a whole model.
+
+    linear: of one token in everything that does not look at other tokens.
+    attention: of one (query, key) pair, summed over layers and heads.
+    """
+
+    linear: float
+    attention: float
+
+    @classmethod
+    def of_transformer(
+        cls,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        kv_channels: int | None = None,
+        num_query_groups: int | None = None,
+        ffn_hidden_size: int | None = None,
+        gated_linear_unit: bool = False,
+        vocab_size: int = 0,
+    ) -> "TokenCost":
+        """Count a GPT's matrix products: 2 operations per weight and token, 2 products per pair.
+
+        ``ffn_hidden_size`` is the width one token passes through in all: for a mixture of experts,
+        the sum over the experts it is routed to. ``vocab_size`` 0 leaves the output layer out.
+        """
+        channels = kv_channels or hidden_size // num_attention_heads
+        query_size = num_attention_heads * channels
+        kv_size = (num_query_groups or num_attention_heads) * channels
+        ffn = ffn_hidden_size or 4 * hidden_size
+        attention_weights = hidden_size * (2 * query_size + 2 * kv_size)
+        mlp_weights = hidden_size * ffn * (3 if gated_linear_unit else 2)
+        return cls(
+            linear=2.0 * (num_layers * (attention_weights + mlp_weights) + hidden_size * vocab_size),
+            attention=4.0 * num_layers * query_size,
+        )
+
+    def of(self, start: int, stop: int) -> float:
+        """Forward operations of tokens ``[start, stop)`` of one sequence."""
+        return self.of_first(stop) - self.of_first(start)
+
+    def of_first(self, tokens: float) -> float:
+        """Forward operations of the first ``tokens`` tokens."""
+        return self.linear * tokens + self.attention * tokens * (tokens + 1) / 2
+
+    def tokens_within(self, budget: float) -> float:
+        """Return how many leading tokens cost ``budget``: the inverse of ``of_first``."""
+        if self.attention == 0:
+            return budget / self.linear
+        slope = self.linear + self.attention / 2
+        return 2 * budget / (slope + math.sqrt(slope * slope + 2 * self.attention * budget))

@@ -1,0 +1,77 @@
+"""Gradients of every schedule against plain autograd in one process, in float64."""
+
+import itertools
+
+import pytest
+import torch.distributed as dist
+
+from seq1f1b.runtime import ActionClock, ExecutionContext, PointToPoint, execute
+from seq1f1b.schedule import Schedule, lower, one_f_one_b, validate
+from seq1f1b.sequence import partition, sub_sequences
+from tests.tiny_model import (
+    COST,
+    HIDDEN,
+    ModelPart,
+    TinyComputation,
+    micro_batches,
+    reference,
+)
+
+LENGTH = 29
+BATCH = 2
+
+
+def run_schedule(schedule: Schedule, method: str, length: int = LENGTH) -> tuple[float, float]:
+    """Run one step on this rank; return the worst relative gradient error and the loss error."""
+    stage = dist.get_rank()
+    schedule = lower(schedule)
+    data = micro_batches(schedule.num_micro_batches, length, BATCH)
+    lengths = partition(length, schedule.num_splits, method=method, cost=COST)
+    parts = [sub_sequences(lengths)] * len(data)
+    num_parts = schedule.num_stages * schedule.num_chunks
+    indices = range(stage, num_parts, schedule.num_stages)
+    chunks = [ModelPart(index, num_parts, length) for index in indices]
+    context = ExecutionContext()
+    computation = TinyComputation(chunks, data, parts, context)
+    transport = PointToPoint(
+        schedule,
+        stage,
+        ranks=range(schedule.num_stages),
+        forward_group=dist.group.WORLD,
+        backward_group=dist.group.WORLD,
+        shape=lambda action: (lengths[action.sub_sequence], BATCH, HIDDEN),
+        dtype=chunks[0].layers[0].out.weight.dtype,
+        device="cpu",
+    )
+    execute(
+        schedule.stages[stage], computation, transport, context, parts, ActionClock(), stage=stage
+    )
+    loss, wanted = reference(num_parts, data)
+    worst = 0.0
+    for index, chunk in zip(indices, chunks, strict=True):
+        for (name, got), want in zip(
+            chunk.named_parameters(), wanted[index].parameters(), strict=True
+        ):
+            assert got.grad is not None, name
+            error = (got.grad - want.grad).abs().max() / want.grad.abs().max()
+            worst = max(worst, error.item())
+    if chunks[-1].is_last:
+        return worst, abs(sum(computation.losses.values()) - loss) / loss
+    return worst, 0.0
+
+
+def run_grid(num_stages: int, method: str) -> list[tuple[tuple[int, int], float, float]]:
+    return [
+        ((m, s), *run_schedule(one_f_one_b(num_stages, m, s), method))
+        for m, s in itertools.product((1, 2, 3, 5), (1, 2, 3, 4, 7))
+    ]
+
+
+@pytest.mark.parametrize("method", ["average", "uniform_comp"])
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_gradients_equal_single_process_autograd(workers, num_stages, method):
+    for results in workers(num_stages).run(run_grid, num_stages, method):
+        assert len(results) == 20
+        for case, gradient_error, loss_error in results:
+            assert gradient_error < 1e-10, case
+            assert loss_error < 1e-10, case
