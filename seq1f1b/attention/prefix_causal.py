@@ -41,7 +41,7 @@ class _PrefixCausal(torch.autograd.Function):
     """Keys and values go into the carry; their gradients come back through its accumulators."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -61,7 +61,7 @@ class _PrefixCausal(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         query, output, log_sum_exp = ctx.saved_tensors
         carry: LayerCarry = ctx.carry
         part: SubSequence = ctx.part
@@ -86,7 +86,7 @@ class _WholeCausal(torch.autograd.Function):
     """The same kernel on a sequence that is not cut."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: Kernel
     ) -> Tensor:
         output, log_sum_exp = kernel.forward(query, key, value, scale)
@@ -95,7 +95,7 @@ class _WholeCausal(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         query, key, value, output, log_sum_exp = ctx.saved_tensors
         grads = ctx.kernel.backward(
             grad_output.contiguous(), query, key, value, output, log_sum_exp, ctx.scale, None

@@ -1,7 +1,7 @@
 """When each action of a rank started and ended."""
 
 import time
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,13 +16,9 @@ class Timed(NamedTuple):
     end: float
 
 
-class _Stamp(Protocol):
-    """A moment that the device reaches when everything issued before it is done."""
-
-    def seconds_since(self, earlier: "_Stamp") -> float: ...
-
-
 class _HostStamp:
+    """A moment on the host, which is where the CPU's computations end."""
+
     def __init__(self) -> None:
         self.seconds = time.perf_counter()
 
@@ -31,6 +27,8 @@ class _HostStamp:
 
 
 class _CudaStamp:
+    """The moment when the device has done everything issued before it."""
+
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
@@ -48,7 +46,7 @@ class ActionClock:
     def __init__(self, device: str = "cpu") -> None:
         self._on_cuda = device == "cuda"
         self._origin = self._now()
-        self._stamps: list[tuple[Action, _Stamp, _Stamp]] = []
+        self._stamps: list[tuple[Action, Any, Any]] = []
         self._started = self._origin
 
     def begin(self) -> None:
@@ -70,5 +68,5 @@ class ActionClock:
         ]
         return timed, last.seconds_since(self._origin)
 
-    def _now(self) -> _Stamp:
+    def _now(self) -> Any:
         return _CudaStamp() if self._on_cuda else _HostStamp()

@@ -68,14 +68,18 @@ class PointToPoint:
         """See Transport."""
         buffer = torch.empty(self._shape(action), dtype=self._dtype, device=self._device)
         rank, group, tag = self._route(action)
-        return _Arriving(dist.irecv(buffer, rank, group=group, tag=tag), buffer)
+        work = dist.irecv(buffer, rank, group=group, tag=tag)
+        assert work is not None, "this rank is not in its own pipeline's process group"
+        return _Arriving(work, buffer)
 
     def send(self, action: Action, tensor: Tensor) -> None:
         """See Transport."""
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
         kept = tensor.detach().contiguous()
         rank, group, tag = self._route(action)
-        self._leaving.append((dist.isend(kept, rank, group=group, tag=tag), kept))
+        work = dist.isend(kept, rank, group=group, tag=tag)
+        assert work is not None, "this rank is not in its own pipeline's process group"
+        self._leaving.append((work, kept))
 
     def finish(self) -> None:
         """See Transport."""

@@ -6,6 +6,7 @@ keys and values collect gradients from the sub-sequences behind them.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.plan import Schedule
@@ -18,7 +19,7 @@ def one_f_one_b(num_stages: int, num_micro_batches: int, num_splits: int = 1) ->
     with one split is 1F1B's min(p - i - 1, m) (arXiv 2104.04473, section 2.2).
     """
     name = "1f1b" if num_splits == 1 else "seq1f1b"
-    forwards, backwards = _orders(1, num_micro_batches, num_splits, group=1)
+    forwards, backwards = _orders(1, num_micro_batches, num_splits)
 
     def actions(stage: int) -> tuple[Action, ...]:
         num_warmup = num_splits - 1 + num_stages - stage - 1
@@ -36,28 +37,43 @@ def interleaved(
 ) -> Schedule:
     """1F1B over several model chunks a stage (arXiv 2104.04473, section 2.2), on sub-sequences.
 
-    Each stage runs ``group`` sub-sequences (with one split: micro-batches) of one chunk before it
-    goes on to the next chunk; ``group`` is the number of stages unless given. Warm-up lasts until
-    the last stage has forwarded a whole micro-batch through its last chunk, and 2 forwards longer
-    for each stage before it, so that the first backward finds its gradient there.
+    A stage takes turns: all sub-sequences of a few micro-batches through its first chunk, then
+    through its next, and so on. ``group`` is the number of sub-sequences a turn (with one split:
+    of micro-batches), rounded up to whole micro-batches, and the number of stages unless given:
+    with that many, the first of them has been through all stages when its next chunk's turn comes.
+    Micro-batches that are left over make a turn of their own if they are enough for that, as in
+    Megatron-Core's schedule; otherwise the turns before take them in, so that nobody waits.
+
+    Warm-up lasts until the last stage has forwarded a whole micro-batch through its last chunk, and
+    2 forwards longer for each stage before it, so that the first backward finds its gradient there:
+    (num_chunks - 1) * group + num_splits - 1 + 2 * (num_stages - stage - 1) forwards.
+
+    Raises ValueError for several chunks on a single stage, which would send to itself, and for a
+    ``group`` below the number of stages, whose warm-up would be too short for the first backward.
     """
     if num_chunks == 1:
         return one_f_one_b(num_stages, num_micro_batches, num_splits)
+    if num_stages == 1:
+        raise ValueError(f"{num_chunks} model chunks on one stage: interleaving needs 2 stages")
+    if group is not None and group < num_stages:
+        raise ValueError(
+            f"turns of {group} on {num_stages} stages: a turn takes at least one sub-sequence "
+            f"(with one split: micro-batch) for each stage, or the stages wait for each other"
+        )
     name = "1f1b-interleaved" if num_splits == 1 else "seq1f1b-interleaved"
-    forwards, backwards = _orders(
-        num_chunks, num_micro_batches, num_splits, group=group or num_stages
-    )
-    first_backward = forwards.index(backwards[0].of_kind(Kind.F))
+    turns = _turns(num_stages, num_micro_batches, num_splits, group or num_stages)
+    forwards, backwards = _orders(num_chunks, num_micro_batches, num_splits, turns)
+    last_warmup = (num_chunks - 1) * turns[0] + num_splits - 1
 
     def actions(stage: int) -> tuple[Action, ...]:
-        return _alternate(forwards, backwards, first_backward + 2 * (num_stages - stage - 1))
+        return _alternate(forwards, backwards, last_warmup + 2 * (num_stages - stage - 1))
 
     return _build(name, num_stages, num_chunks, num_micro_batches, num_splits, actions)
 
 
 def gpipe(num_stages: int, num_micro_batches: int, num_splits: int = 1) -> Schedule:
     """All forwards, then all backwards (arXiv 1811.06965)."""
-    forwards, backwards = _orders(1, num_micro_batches, num_splits, group=1)
+    forwards, backwards = _orders(1, num_micro_batches, num_splits)
     return _build(
         "gpipe",
         num_stages,
@@ -72,7 +88,9 @@ def forward_only(
     num_stages: int, num_chunks: int, num_micro_batches: int, num_splits: int = 1
 ) -> Schedule:
     """Evaluation: forwards and nothing else."""
-    forwards, _ = _orders(num_chunks, num_micro_batches, num_splits, group=num_stages)
+    num_units = num_micro_batches * num_splits
+    turns = [min(num_stages, num_units - first) for first in range(0, num_units, num_stages)]
+    forwards, _ = _orders(num_chunks, num_micro_batches, num_splits, turns)
     return _build(
         "forward-only",
         num_stages,
@@ -83,28 +101,41 @@ def forward_only(
     )
 
 
+def _turns(num_stages: int, num_micro_batches: int, num_splits: int, group: int) -> Sequence[int]:
+    """Return the number of sub-sequences of each turn, whole micro-batches, no turn growing."""
+    size = -(-group // num_splits)
+    num_turns, left_over = divmod(num_micro_batches, size)
+    if left_over * num_splits >= num_stages or num_turns == 0:
+        sizes = [size] * num_turns + [left_over]
+    else:
+        smaller, num_larger = divmod(num_micro_batches, num_turns)
+        sizes = [smaller + (turn < num_larger) for turn in range(num_turns)]
+    return [size * num_splits for size in sizes]
+
+
 def _orders(
-    num_chunks: int, num_micro_batches: int, num_splits: int, group: int
+    num_chunks: int, num_micro_batches: int, num_splits: int, turns: Sequence[int] | None = None
 ) -> tuple[list[Action], list[Action]]:
-    """Order all forwards and all backwards of one stage, ``group`` sub-sequences a turn."""
+    """Order all forwards and all backwards of one stage; without ``turns``, in a single turn."""
     micro_batches = range(num_micro_batches)
     ascending = [(m, j) for m in micro_batches for j in range(num_splits)]
     descending = [(m, j) for m in micro_batches for j in reversed(range(num_splits))]
     chunks = range(num_chunks)
+    turns = turns or [len(ascending)]
     return (
-        [Action(Kind.F, c, m, j) for c, m, j in _by_turns(chunks, ascending, group)],
-        [Action(Kind.B, c, m, j) for c, m, j in _by_turns(chunks[::-1], descending, group)],
+        [Action(Kind.F, c, m, j) for c, m, j in _by_turns(chunks, ascending, turns)],
+        [Action(Kind.B, c, m, j) for c, m, j in _by_turns(chunks[::-1], descending, turns)],
     )
 
 
 def _by_turns(
-    chunks: Sequence[int], units: Sequence[tuple[int, int]], group: int
+    chunks: Sequence[int], units: Sequence[tuple[int, int]], turns: Sequence[int]
 ) -> list[tuple[int, int, int]]:
     return [
         (chunk, *unit)
-        for first in range(0, len(units), group)
+        for first, size in zip(accumulate(turns, initial=0), turns, strict=False)
         for chunk in chunks
-        for unit in units[first : first + group]
+        for unit in units[first : first + size]
     ]
 
 
@@ -114,9 +145,7 @@ def _alternate(
     """Run ``num_warmup`` forwards, then forward and backward in turn, then the backwards left."""
     num_warmup = min(num_warmup, len(forwards))
     steady = [
-        action
-        for pair in zip(forwards[num_warmup:], backwards, strict=False)
-        for action in pair
+        action for pair in zip(forwards[num_warmup:], backwards, strict=False) for action in pair
     ]
     cooldown = backwards[len(forwards) - num_warmup :]
     return (*forwards[:num_warmup], *steady, *cooldown)

@@ -1,37 +1,66 @@
 """Add sends and receives to a schedule of computations."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from seq1f1b.schedule.action import Action, Kind
+from seq1f1b.schedule.edges import Event, dependencies, event
 from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.validate import validate
+
+_DURATION = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
 
 
 def lower(schedule: Schedule) -> Schedule:
     """Return ``schedule`` with its communication written out.
 
     A tensor is sent as soon as it is computed. A receive is announced one computation before the
-    one that uses it, so the tensor travels while the stage computes, and a stage that blocks in a
-    send has always announced what its neighbour may want to send first.
+    one that uses it, so the tensor travels while the stage computes; or earlier, if the tensor
+    would be there earlier when every forward takes the same time and every backward twice that.
+    Announcements come before the send of the same moment. So by the time, in that reckoning, that a
+    stage sends, its neighbour has announced, and sends that block cannot wait in a circle.
+
+    Raises ScheduleError when the computations wait for each other in a circle.
     """
     if schedule.lowered:
         return schedule
+    finish = _finish_times(schedule)
     stages = tuple(
-        tuple(_with_communication(schedule, stage, actions))
-        for stage, actions in enumerate(schedule.stages)
+        tuple(_with_communication(schedule, stage, finish)) for stage in range(schedule.num_stages)
     )
     return schedule.with_stages(stages, lowered=True)
 
 
 def _with_communication(
-    schedule: Schedule, stage: int, actions: Sequence[Action]
+    schedule: Schedule, stage: int, finish: dict[Event, int]
 ) -> Iterator[Action]:
-    receives = [_receive(schedule, stage, action) for action in actions]
+    actions = schedule.stages[stage]
+    receives = _receives(schedule, stage, finish)
+    yield from receives[0]
     for step, action in enumerate(actions):
-        upcoming = receives[0:2] if step == 0 else receives[step + 1 : step + 2]
-        yield from (receive for receive in upcoming if receive)
         yield action
+        yield from receives[step + 1]
         if send := _send(schedule, stage, action):
             yield send
+
+
+def _receives(
+    schedule: Schedule, stage: int, finish: dict[Event, int]
+) -> Sequence[Sequence[Action]]:
+    """Return the receives to announce before each computation, in the order of their arrival."""
+    actions = schedule.stages[stage]
+    free_from = [0, *(finish[event(stage, action)] for action in actions)]
+    announced: list[list[tuple[int, Action]]] = [[] for _ in free_from]
+    for step, action in enumerate(actions):
+        receive = _receive(schedule, stage, action)
+        if receive is None:
+            continue
+        source, sent = schedule.peer(stage, receive)
+        arrival = finish[source, sent.of_kind(Kind.F if action.kind is Kind.F else Kind.B)]
+        slot = min(max(step - 1, 0), bisect_right(free_from, arrival) - 1)
+        announced[slot].append((arrival, receive))
+    in_order = (sorted(slot, key=lambda entry: entry[0]) for slot in announced)
+    return [[receive for _, receive in slot] for slot in in_order]
 
 
 def _receive(schedule: Schedule, stage: int, action: Action) -> Action | None:
@@ -48,3 +77,27 @@ def _send(schedule: Schedule, stage: int, action: Action) -> Action | None:
     if action.kind in (Kind.B, Kind.I) and schedule.upstream(stage, action.chunk):
         return action.of_kind(Kind.SEND_B)
     return None
+
+
+def _finish_times(schedule: Schedule) -> dict[Event, int]:
+    """Return when each computation ends if transfers take no time."""
+    finish: dict[Event, int] = {}
+    free_from = [0] * schedule.num_stages
+    steps = [0] * schedule.num_stages
+    progress = True
+    while progress:
+        progress = False
+        for stage, actions in enumerate(schedule.stages):
+            while steps[stage] < len(actions):
+                action = actions[steps[stage]]
+                needed = dependencies(schedule, stage, action)
+                if not all(need in finish for need in needed):
+                    break
+                start = max([free_from[stage], *(finish[need] for need in needed)])
+                free_from[stage] = start + _DURATION[action.kind]
+                finish[event(stage, action)] = free_from[stage]
+                steps[stage] += 1
+                progress = True
+    if any(step < len(actions) for step, actions in zip(steps, schedule.stages, strict=True)):
+        validate(schedule)
+    return finish

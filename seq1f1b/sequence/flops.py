@@ -49,7 +49,8 @@ class TokenCost:
         attention_weights = hidden_size * (2 * query_size + 2 * kv_size)
         mlp_weights = hidden_size * ffn * (3 if gated_linear_unit else 2)
         return cls(
-            linear=2.0 * (num_layers * (attention_weights + mlp_weights) + hidden_size * vocab_size),
+            linear=2.0
+            * (num_layers * (attention_weights + mlp_weights) + hidden_size * vocab_size),
             attention=4.0 * num_layers * query_size,
         )
 

@@ -1,10 +1,11 @@
 """One of the parts that a micro-batch's sequence is cut into."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class SubSequence(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SubSequence:
     """Tokens ``[start, stop)`` of a sequence of ``total`` tokens; ``index`` counts from 0."""
 
     index: int

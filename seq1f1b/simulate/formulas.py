@@ -24,7 +24,7 @@ def speedup_over_1f1b(
 def live_micro_batches(
     num_stages: int, num_micro_batches: int, num_splits: int, stage: int = 0
 ) -> float:
-    """Return how many micro-batches' activations a stage holds under (Seq)1F1B, without the KV carry.
+    """Return how many micro-batches' activations a stage of (Seq)1F1B holds, KV carry apart.
 
     min(s + p - 1 - i, m s) sub-sequences of 1 / s micro-batch each (arXiv 2406.03488, section 3.2).
     """

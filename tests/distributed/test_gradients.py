@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from seq1f1b.runtime import ActionClock, ExecutionContext, PointToPoint, execute
-from seq1f1b.schedule import Schedule, lower, one_f_one_b, validate
+from seq1f1b.schedule import Schedule, lower, one_f_one_b
 from seq1f1b.sequence import partition, sub_sequences
 from tests.tiny_model import (
     COST,

@@ -39,9 +39,9 @@ class CpuFlash:
                 q, k[:, :, :prefix], v[:, :, :prefix], _NO_DROPOUT, False, scale=scale
             )
             weight = torch.sigmoid(before_lse - log_sum_exp)[..., None]
-            output = torch.lerp(
-                output.to(weight.dtype), before.to(weight.dtype), weight
-            ).to(query.dtype)
+            output = torch.lerp(output.to(weight.dtype), before.to(weight.dtype), weight).to(
+                query.dtype
+            )
             log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
         return _unfold(output, kv_heads), log_sum_exp
 

@@ -22,7 +22,7 @@ class Kernel(Protocol):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return the output ``[n, b, heads, v dim]`` and the log-sum-exp, which is the kernel's own.
+        """Return the output ``[n, b, heads, v dim]`` and the kernel's own kind of log-sum-exp.
 
         ``scale`` multiplies the products of queries and keys before the softmax.
         """

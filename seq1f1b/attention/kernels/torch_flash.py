@@ -47,8 +47,21 @@ class TorchFlash:
         grad, q, k, v, out = (x.transpose(0, 1) for x in (grad_output, query, key, value, output))
         unused = torch.empty(0, dtype=torch.uint64, device=query.device)
         grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, log_sum_exp, None, None, q.shape[1], k.shape[1],
-            _NO_DROPOUT, True, unused, unused, scale=scale,
+            grad,
+            q,
+            k,
+            v,
+            out,
+            log_sum_exp,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            _NO_DROPOUT,
+            True,
+            unused,
+            unused,
+            scale=scale,
         )
         grad_query, grad_key, grad_value = (
             x.transpose(0, 1) for x in (grad_query, grad_key, grad_value)

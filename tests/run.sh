@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the tests, after setting up what they need.
+# Arguments go to pytest; paths are relative to the repository.
+set -uo pipefail
+unset CDPATH PYTHONHOME
+
+root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$(bash "$root/tools/setup_env.sh") || exit 1
+cd "$root" && exec "$python" -m pytest "$@"

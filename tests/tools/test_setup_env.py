@@ -1,0 +1,379 @@
+"""tools/setup_env.sh on machines made up of fake interpreters, fake uv and nothing else."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = (
+    *("awk", "bash", "cat", "cp", "df", "dirname", "flock", "grep", "head", "ls"),
+    *("mkdir", "mv", "rm", "sed", "sh", "sleep", "tail"),
+)
+
+# Stands for an interpreter. The real one answers for it after doing ``before``, which changes what
+# it says of itself; the environments that it makes hold a copy of it; its pip only notes the call.
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m venv")
+    mkdir -p "$3/bin" && cp "{path}" "$3/bin/python" && : >"$3/pyvenv.cfg" ;;
+  "-m pip")
+    echo "pip $3 $4" >>"{calls}"
+    [ "$3" = install ] || exit 0
+    sleep "${{FAKE_PIP_SECONDS:-0}}"
+    printf '%s\\n' "${{FAKE_PIP_OUTPUT:-}}" >&2
+    exit "${{FAKE_PIP_STATUS:-0}}" ;;
+  "-m pytest")
+    shift; echo "$PWD: $*" ;;
+  "-c import torch"*)
+    exit "${{FAKE_IMPORT_STATUS:-0}}" ;;
+  "-c "*)
+    exec {real} -c 'import sys; sys._base_executable = "{path}"; {before}
+exec(sys.argv[1])' "$2" ;;
+  *)
+    exec {real} "$@" ;;
+esac
+"""
+OLD = "sys.version_info = (3, 11, 9)"
+CURRENT = "sys.version_info = (3, 12, 1)"
+NEWER_THAN_THE_WHEELS = "sys.version_info = (3, 14, 0)"
+WITHOUT_VENV = f'{CURRENT}; sys.modules["ensurepip"] = None; import importlib.util as u; \
+f = u.find_spec; u.find_spec = lambda n: None if n == "ensurepip" else f(n)'
+FREE_THREADED = f"{CURRENT}; import sysconfig; sysconfig.get_config_var = lambda name: 1"
+SHIM = "sys.exit('pyenv: python3.12: command not found')"
+
+FAKE_UV = """#!/bin/sh
+echo "uv $1 $2" >>"{calls}"
+case "$1 $2" in
+  "python find") [ -e "{fetched}" ] && echo "{fetched}" ;;
+  "python install") [ -z "${{FAKE_UV_OFFLINE:-}}" ] && cp "{store}" "{fetched}" ;;
+  "venv "*) for last; do :; done; "{store}" -m venv "$last" ;;
+  "pip install") exit "${{FAKE_UV_STATUS:-0}}" ;;
+esac
+"""
+
+
+class Machine:
+    """A clone in a folder with a space in its name; PATH and home hold only what is put there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clone = folder / "a clone"
+        self.bin = folder / "bin"
+        self.home = folder / "home"
+        self.calls_file = folder / "calls"
+        for path in (self.clone / "tools", self.clone / "tests", self.bin, self.home):
+            path.mkdir(parents=True)
+        for name in ("tools/setup_env.sh", "tests/run.sh", "pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, self.clone / name)
+        (self.clone / "requirements.txt").write_text("torch==2.11.0\n")
+        for name in COMMANDS:
+            if path := shutil.which(name):
+                (self.bin / name).symlink_to(path)
+
+    @property
+    def venv(self) -> Path:
+        return self.clone / ".venv"
+
+    def python(self, path: Path | str, before: str = CURRENT) -> Path:
+        """Put a fake interpreter at ``path`` (a bare name: on PATH) that first does ``before``."""
+        path = self.bin / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fake = FAKE_PYTHON.format(
+            path=path, calls=self.calls_file, real=sys.executable, before=before
+        )
+        self._script(path, fake)
+        return path
+
+    def uv(self) -> None:
+        store = self.python(self.home / "uv-store")
+        fetched = self.home / "uv-python"
+        self._script(
+            self.bin / "uv", FAKE_UV.format(calls=self.calls_file, store=store, fetched=fetched)
+        )
+
+    def start(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", *(command or (str(self.clone / "tools" / "setup_env.sh"),))],
+            env={"PATH": str(self.bin), "HOME": str(self.home), **env},
+            cwd=cwd or self.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, cwd: Path | None = None, **env: str) -> tuple[int, str, str]:
+        process = self.start(*command, cwd=cwd, **env)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out.strip(), err
+
+    def ready(self, **env: str) -> str:
+        """Run the set-up, see that it ends well, and return its messages."""
+        code, out, err = self.run(**env)
+        assert (code, out) == (0, str(self.venv / "bin" / "python")), err
+        return err
+
+    def fails(self, **env: str) -> str:
+        code, out, err = self.run(**env)
+        assert (code, out) == (1, ""), err
+        assert "setup: error: " in err
+        return err
+
+    def calls(self) -> list[str]:
+        """What pip and uv were called with since the last time."""
+        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return calls
+
+    @staticmethod
+    def _script(path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o755)
+
+
+INSTALLED = ["pip --version ", "pip install -r", "pip install --no-deps"]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_first_start_installs_and_the_second_does_nothing(machine: Machine) -> None:
+    machine.python("python3.12")
+    messages = machine.ready()
+    assert "Python 3.12.1" in messages
+    assert "installing the pinned packages with pip" in messages
+    assert "ready after" in messages
+    assert machine.calls() == INSTALLED
+    assert machine.ready() == ""
+    assert machine.calls() == []
+
+
+def test_changed_pins_are_brought_in_without_starting_afresh(machine: Machine) -> None:
+    machine.python("python3.12")
+    machine.ready()
+    kept = machine.venv / "kept"
+    kept.touch()
+    (machine.clone / "requirements.txt").write_text("torch==2.11.1\n")
+    machine.calls()
+    assert "up to date" in machine.ready()
+    assert machine.calls() == INSTALLED
+    assert kept.exists()
+    assert machine.ready() == ""
+
+
+@pytest.mark.parametrize("damage", ["python missing", "clone moved"])
+def test_environment_that_cannot_work_is_made_anew(machine: Machine, damage: str) -> None:
+    machine.python("python3.12")
+    machine.ready()
+    (machine.venv / "kept").touch()
+    if damage == "python missing":
+        (machine.venv / "bin" / "python").unlink()
+    else:
+        machine.clone = machine.clone.rename(machine.clone.with_name("moved"))
+    assert "making" in machine.ready()
+    assert not (machine.venv / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    "output, reason, advice",
+    [
+        (
+            "OSError: [Errno 28] No space left on device",
+            "the disk is full",
+            "SEQ1F1B_VENV",
+        ),
+        (
+            "Failed to establish a new connection: Temporary failure in name resolution",
+            "the package index could not be reached",
+            "HTTPS_PROXY",
+        ),
+        (
+            "ERROR: No matching distribution found for torch==2.11.0",
+            "no file for this machine",
+            "Python 3.12 or 3.13",
+        ),
+        ("error: subprocess-exited-with-error", "installing failed", "log"),
+    ],
+)
+def test_failed_install_says_why_and_starts_afresh_next_time(
+    machine: Machine, output: str, reason: str, advice: str
+) -> None:
+    machine.python("python3.12")
+    messages = machine.fails(FAKE_PIP_STATUS="1", FAKE_PIP_OUTPUT=output)
+    explanation = messages.partition("setup: error: ")[2]
+    assert reason in explanation
+    assert advice in explanation
+    assert output in messages  # the tail of the log
+    assert "making" in machine.ready()
+
+
+def test_packages_that_do_not_import_are_no_success(machine: Machine) -> None:
+    machine.python("python3.12")
+    assert "checking it ... 0 s, failed" in machine.fails(FAKE_IMPORT_STATUS="1")
+    assert "making" in machine.ready()
+
+
+def test_no_usable_python_lists_what_was_tried_and_what_to_do(machine: Machine) -> None:
+    machine.python("python3.12", SHIM)
+    machine.python("python3.13", FREE_THREADED)
+    machine.python("python3", OLD)
+    machine.python("python", NEWER_THAN_THE_WHEELS)
+    machine.python(machine.home / ".pyenv/versions/3.12.4/bin/python3", WITHOUT_VENV)
+    messages = machine.fails()
+    for line in (
+        "no usable Python found: Python 3.12 or 3.13 is needed",
+        "python3.12: does not run",
+        "python3.13: a free-threaded build of cpython",
+        "python3: Python 3.11.9, not 3.12 or 3.13",
+        "python: Python 3.14.0, not 3.12 or 3.13",
+        "lacks venv or ensurepip (Debian, Ubuntu: apt install python3.12-venv)",
+        "install uv",
+        "pyenv install 3.12",
+        "PYTHON=/path/to/python3.12",
+    ):
+        assert line in messages
+    assert not machine.venv.exists()
+
+
+def test_python_of_pyenv_is_found_behind_a_shim_that_fails(machine: Machine) -> None:
+    machine.python("python3.12", SHIM)
+    machine.python("python3", OLD)
+    found = machine.python(machine.home / ".pyenv/versions/3.12.1/bin/python3")
+    assert f"Python 3.12.1 ({found})" in machine.ready()
+
+
+def test_python_named_by_the_user_comes_first(machine: Machine) -> None:
+    machine.python("python3.12")
+    named = machine.python(machine.home / "mine", "sys.version_info = (3, 13, 2)")
+    assert f"Python 3.13.2 ({named})" in machine.ready(PYTHON=str(named))
+
+
+@pytest.mark.parametrize(
+    "before, reason", [(OLD, "Python 3.11.9, not 3.12 or 3.13"), (None, "cannot be used")]
+)
+def test_python_named_by_the_user_is_not_silently_replaced(
+    machine: Machine, before: str | None, reason: str
+) -> None:
+    machine.python("python3.12")
+    named = machine.home / "mine"
+    if before:
+        machine.python(named, before)
+    messages = machine.fails(PYTHON=str(named))
+    assert f"PYTHON={named} cannot be used" in messages
+    assert reason in messages
+
+
+def test_uv_fetches_a_python_where_there_is_none_and_installs(machine: Machine) -> None:
+    machine.uv()
+    messages = machine.ready()
+    assert "fetching one with uv" in messages
+    assert "pinned packages with uv" in messages
+    assert [call for call in machine.calls() if "find" not in call] == [
+        "uv python install",
+        "uv venv --allow-existing",
+        "uv pip install",
+        "uv pip install",
+    ]
+
+
+def test_uv_without_network_ends_with_what_to_do(machine: Machine) -> None:
+    machine.uv()
+    assert "no usable Python found" in machine.fails(FAKE_UV_OFFLINE="1")
+
+
+def test_pip_is_tried_where_uv_does_not_get_through(machine: Machine) -> None:
+    machine.uv()
+    messages = machine.ready(FAKE_UV_STATUS="1")
+    assert "pinned packages with uv (about 3 GB the first time) ... 0 s, failed" in messages
+    assert [call for call in machine.calls() if call.startswith("pip")] == INSTALLED
+
+
+def test_too_little_space_stops_before_anything_is_made(machine: Machine) -> None:
+    machine.python("python3.12")
+    messages = machine.fails(SEQ1F1B_SETUP_MIN_GB="99999999")
+    assert "99999999 GB needed" in messages
+    assert "SEQ1F1B_VENV" in messages
+    assert not machine.venv.exists()
+
+
+def test_folder_that_is_no_environment_is_left_alone(machine: Machine) -> None:
+    machine.python("python3.12")
+    machine.venv.mkdir()
+    (machine.venv / "thesis.txt").touch()
+    assert "is not a virtual environment" in machine.fails()
+    assert (machine.venv / "thesis.txt").exists()
+
+
+def test_environment_made_by_the_user_is_kept_or_refused(machine: Machine) -> None:
+    good = machine.python("python3.12")
+    old = machine.python("python3", OLD)
+    own = machine.home / "own"
+    for python, ends in ((good, 0), (old, 1)):
+        subprocess.run([python, "-m", "venv", own], env={"PATH": str(machine.bin)}, check=True)
+        (own / "kept").touch()
+        code, _, messages = machine.run(SEQ1F1B_VENV=str(own))
+        assert code == ends
+        assert (own / "kept").exists()
+        if code:
+            assert "made by someone else and does not fit" in messages
+            assert "Python 3.11.9" in messages
+        shutil.rmtree(own)
+
+
+def test_environment_elsewhere_by_a_relative_path(machine: Machine) -> None:
+    machine.python("python3.12")
+    code, out, _ = machine.run(SEQ1F1B_VENV="deep/folder/", cwd=machine.home)
+    assert (code, out) == (0, str(machine.home / "deep/folder/bin/python"))
+
+
+def test_folder_that_cannot_be_written(machine: Machine) -> None:
+    machine.python("python3.12")
+    messages = machine.fails(SEQ1F1B_VENV="/dev/null/environment")
+    assert "cannot write to /dev/null" in messages
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock")
+def test_two_at_once_install_once(machine: Machine) -> None:
+    machine.python("python3.12")
+    first = machine.start(FAKE_PIP_SECONDS="0.5")
+    second = machine.start(FAKE_PIP_SECONDS="0.5")
+    messages = [process.communicate(timeout=30)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), messages
+    assert sum("waiting for another set-up" in text for text in messages) == 1
+    assert machine.calls() == INSTALLED
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_install_ends_at_once_and_starts_afresh(machine: Machine, number: int) -> None:
+    machine.python("python3.12")
+    process = machine.start(FAKE_PIP_SECONDS="20")
+    deadline = time.monotonic() + 10
+    while not machine.calls_file.exists() or "-r" not in machine.calls_file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    start = time.monotonic()
+    os.kill(process.pid, number)
+    process.wait(timeout=10)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 128 + number
+    machine.python("python3.12")
+    assert "making" in machine.ready()
+
+
+def test_run_sh_passes_its_arguments_to_pytest(machine: Machine) -> None:
+    machine.python("python3.12")
+    code, out, _ = machine.run(str(machine.clone / "tests" / "run.sh"), "-k", "a b", "-x")
+    assert (code, out) == (0, f"{machine.clone}: pytest -k a b -x")
+
+
+def test_run_sh_stops_when_the_set_up_fails(machine: Machine) -> None:
+    code, out, err = machine.run(str(machine.clone / "tests" / "run.sh"))
+    assert (code, out) == (1, "")
+    assert "no usable Python found" in err
