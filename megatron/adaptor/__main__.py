@@ -19,7 +19,7 @@ def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE, end="")
+        sys.stdout.write(_USAGE)
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--list-patches":
         _list_patches()
@@ -39,7 +39,7 @@ def _list_patches() -> None:
 
     cpu_device.install()
     for patch in Session("cpu").patches():
-        print(f"{patch.target}\n    {patch.reason}")
+        sys.stdout.write(f"{patch.target}\n    {patch.reason}\n")
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ class BatchCutter:
         self._context = context
         self._masks: tuple[Tensor, Tensor] | None = None
 
-    def replacement(
-        self, original: Callable[..., dict[str, Any]]
-    ) -> Callable[..., dict[str, Any]]:
+    def replacement(self, original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         """Return ``get_batch_on_this_cp_rank`` with the cut added."""
 
         def get_batch_on_this_cp_rank(batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def install() -> None:
         for name, value in redirect.values.items():
             setattr(redirect.owner, name, value)
     _installed = True
-    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+    is_child = multiprocessing.current_process().name != "MainProcess"
+    if os.environ.get("RANK", "0") == "0" and not is_child:
         logger.warning(MESSAGE)
 
 
@@ -338,7 +339,18 @@ _EXPECTED_WARNINGS = (
     "Only transformer-engine>=",
 )
 
-_TENSOR_TYPES = ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long")
+_TENSOR_TYPES = (
+    "Float",
+    "Double",
+    "Half",
+    "BFloat16",
+    "Byte",
+    "Char",
+    "Short",
+    "Int",
+    "Long",
+    "Bool",
+)
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
 

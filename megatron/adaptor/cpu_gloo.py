@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 OWNERS = (dist, distributed_c10d)
-REASON = "NCCL backends and options, and averages, which gloo lacks"
+REASON = "NCCL backends and options; averages and split sizes as gloo takes them"
 
 
 def prefer_loopback() -> None:
@@ -38,6 +38,7 @@ def replacements() -> dict[str, Callable]:
         "barrier": _barrier(dist.barrier),
         "all_reduce": _all_reduce(dist.all_reduce),
         "reduce_scatter_tensor": _reduce_scatter(dist.reduce_scatter_tensor),
+        "all_to_all_single": _all_to_all(dist.all_to_all_single),
     }
 
 
@@ -103,3 +104,27 @@ def _reduce_scatter(function: Callable) -> Callable:
         return function(output, input, op=op, group=group, async_op=async_op)
 
     return reduce_scatter
+
+
+def _all_to_all(function: Callable) -> Callable:
+    """``all_to_all_single`` with split sizes as lists.
+
+    Megatron turns them into lists when it moves them off the GPU, and they never were on one.
+    """
+
+    def sizes(splits: Any) -> Any:
+        return splits.tolist() if isinstance(splits, torch.Tensor) else splits
+
+    @functools.wraps(function)
+    def all_to_all(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        return function(
+            output, input, sizes(output_split_sizes), sizes(input_split_sizes), **kwargs
+        )
+
+    return all_to_all

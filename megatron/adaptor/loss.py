@@ -22,12 +22,12 @@ class _DivideInBackward(torch.autograd.Function):
     """Identity whose gradient is divided by ``divisor`` as it is when the gradient comes."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, divisor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, loss: Tensor, divisor: Tensor) -> Tensor:
         ctx.divisor = divisor
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         return grad_output / ctx.divisor.clamp(min=1), None
 
 

@@ -65,8 +65,8 @@ class Patch:
 
     def _complaint(self, what: str) -> str:
         return (
-            f"{self.target} of Megatron-Core {installed_version()} {what}; Seq1F1B needs it because: "
-            f"{self.reason}. Supported versions: megatron-core{SUPPORTED_VERSIONS}"
+            f"{self.target} of Megatron-Core {installed_version()} {what}; Seq1F1B needs it, as "
+            f"it {self.reason}. Supported versions: megatron-core{SUPPORTED_VERSIONS}"
         )
 
 

@@ -10,9 +10,7 @@ def rotary_offset(context: ExecutionContext) -> Callable[[Callable[..., Any]], A
     """Make the replacement of a rotary embedding's ``forward``, which already takes an offset."""
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(
-            self: Any, max_seq_len: int, offset: int = 0, *args: Any, **kwargs: Any
-        ) -> Any:
+        def forward(self: Any, max_seq_len: int, offset: int = 0, *args: Any, **kwargs: Any) -> Any:
             return original(self, max_seq_len, offset + context.offset, *args, **kwargs)
 
         return forward

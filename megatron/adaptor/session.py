@@ -144,13 +144,15 @@ class Session:
         return get_forward_backward_func
 
     def _run_step(self, **kwargs: Any) -> list[Any]:
+        from megatron.training.utils import print_rank_0
+
         from megatron.adaptor.step import Step, describe, make_backward_group
 
         assert self.settings is not None
         step = Step(self.settings, self.context, self.cutter, **kwargs)
         if self._backward_group is None:
             self._backward_group = make_backward_group()
-            _print_rank_0(f"> {describe(step.schedule)}; lengths {_lengths(step.parts)}")
+            print_rank_0(f"> {describe(step.schedule)}; lengths {_lengths(step.parts)}")
         return self.meter.measure(
             kwargs["model"], lambda clock: step.run(self._backward_group, clock)
         )
@@ -165,7 +167,7 @@ class Session:
 
     def _log(self, iteration: int) -> None:
         from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-        from megatron.training import get_args
+        from megatron.training import get_args, print_rank_last
         from megatron.training.training import num_floating_point_operations
 
         args = get_args()
@@ -175,14 +177,9 @@ class Session:
         if entry is None or torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
         if iteration % args.log_interval == 0:
-            print(entry.log_line(), flush=True)
+            print_rank_last(entry.log_line())
         if self.settings and self.settings.metrics_file:
             metrics.append_json(entry, self.settings.metrics_file)
-
-
-def _print_rank_0(message: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        print(message, flush=True)
 
 
 def _lengths(parts: Any) -> str:

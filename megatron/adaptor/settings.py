@@ -162,11 +162,7 @@ def _split_faults(settings: Settings, args: argparse.Namespace) -> list[str]:
 
 def _feature_faults(args: argparse.Namespace) -> list[str]:
     """Return a line for every flag that the executor does not support, with what to do."""
-    return [
-        f"{flag} {advice}"
-        for is_set, flag, advice in _UNSUPPORTED
-        if is_set(args)
-    ]
+    return [f"{flag} {advice}" for is_set, flag, advice in _UNSUPPORTED if is_set(args)]
 
 
 def _truthy(name: str) -> Callable[[argparse.Namespace], bool]:
@@ -199,7 +195,11 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
     (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _REMOVE),
     (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _REMOVE),
     (_truthy("window_size"), "--window-size", _REMOVE),
-    (_truthy("fine_grained_activation_offloading"), "--fine-grained-activation-offloading", _REMOVE),
+    (
+        _truthy("fine_grained_activation_offloading"),
+        "--fine-grained-activation-offloading",
+        _REMOVE,
+    ),
     (_truthy("overlap_moe_expert_parallel_comm"), "--overlap-moe-expert-parallel-comm", _REMOVE),
     (_truthy("use_megatron_fsdp"), "--use-megatron-fsdp", _REMOVE),
     (_truthy("use_torch_fsdp2"), "--use-torch-fsdp2", _REMOVE),

@@ -1,1 +1,17 @@
 """What a schedule costs before it runs."""
+
+from seq1f1b.simulate.costs import CostError, Costs, Link, Measured
+from seq1f1b.simulate.memory import Memory, memory_over_time, peak_memory
+from seq1f1b.simulate.simulator import Simulation, simulate
+
+__all__ = [
+    "CostError",
+    "Costs",
+    "Link",
+    "Measured",
+    "Memory",
+    "Simulation",
+    "memory_over_time",
+    "peak_memory",
+    "simulate",
+]

@@ -21,12 +21,54 @@ def speedup_over_1f1b(
     return (1 - bubble_ratio(num_stages, num_chunks, num_micro_batches, num_splits)) / (1 - plain)
 
 
-def live_micro_batches(
-    num_stages: int, num_micro_batches: int, num_splits: int, stage: int = 0
+def step_time(
+    num_stages: int,
+    num_chunks: int,
+    num_micro_batches: int,
+    num_splits: int,
+    *,
+    forward: float = 1.0,
+    backward: float = 2.0,
 ) -> float:
-    """Return how many micro-batches' activations a stage of (Seq)1F1B holds, KV carry apart.
+    """Return the length of a step; ``forward`` and ``backward`` of a stage and micro-batch."""
+    bubble = (num_stages - 1) / (num_chunks * num_splits)
+    return (bubble + num_micro_batches) * (forward + backward)
 
-    min(s + p - 1 - i, m s) sub-sequences of 1 / s micro-batch each (arXiv 2406.03488, section 3.2).
+
+def zb_h1_bubble(
+    num_stages: int,
+    num_splits: int,
+    *,
+    forward: float = 1.0,
+    input_gradient: float = 1.0,
+    weight_gradient: float = 1.0,
+) -> float:
+    """Return how long a stage idles under (Seq1F1B) ZB-H1 (arXiv 2401.10241, section 2.3).
+
+    (p - 1)(F + I - W) / s, of the times of a stage and micro-batch; never below 0.
     """
-    live = min(num_splits + num_stages - 1 - stage, num_micro_batches * num_splits)
-    return live / num_splits
+    return (num_stages - 1) * max(0.0, forward + input_gradient - weight_gradient) / num_splits
+
+
+def live_micro_batches(
+    num_stages: int,
+    num_micro_batches: int,
+    num_splits: int,
+    stage: int = 0,
+    *,
+    num_chunks: int = 1,
+) -> float:
+    """Return how many micro-batches' activations a stage holds, without the KV carry.
+
+    Under (Seq)1F1B min(p - i + s - 1, m s) sub-sequences of 1 / s micro-batch each (arXiv
+    2406.03488, section 3.2). Interleaved, min((v - 1) p + 2 (p - i - 1) + s, m v s) of 1 / (v s)
+    each, where s divides p; with one split that is p (1 + (p - 1) / (p v)) on the first stage
+    (arXiv 2205.05198, section 4.2.3).
+    """
+    behind = num_stages - stage - 1
+    if num_chunks == 1:
+        live = behind + num_splits
+    else:
+        live = (num_chunks - 1) * num_stages + 2 * behind + num_splits
+    parts = num_chunks * num_splits
+    return min(live, num_micro_batches * parts) / parts

@@ -1,0 +1,136 @@
+"""How long actions take, and how long tensors travel."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from seq1f1b.schedule import Action, Kind, Schedule
+from seq1f1b.sequence import TokenCost, sub_sequences
+
+Part = tuple[Kind, int, int]
+"""Kind, model chunk and sub-sequence: what actions of all micro-batches that cost alike share."""
+
+_COMPUTE = (Kind.F, Kind.B, Kind.I, Kind.W)
+
+
+class CostError(ValueError):
+    """Costs that do not fit the schedule."""
+
+
+class Measured(Protocol):
+    """An action with its start and end in seconds, as ``seq1f1b.runtime.Timed`` is."""
+
+    @property
+    def action(self) -> Action: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Duration of every computation: for each stage, by kind, model chunk and sub-sequence."""
+
+    stages: tuple[Mapping[Part, float], ...]
+
+    def of(self, stage: int, action: Action) -> float:
+        """Return how long ``action`` takes on ``stage``; raises CostError if that is unknown."""
+        part = (action.kind, action.chunk, action.sub_sequence)
+        if stage >= len(self.stages) or part not in self.stages[stage]:
+            raise CostError(f"no cost is known for {action} on stage {stage}")
+        return self.stages[stage][part]
+
+    @classmethod
+    def uniform(cls, schedule: Schedule, *, forward: float = 1.0, backward: float = 2.0) -> "Costs":
+        """Share out a stage's ``forward`` and ``backward`` of one whole micro-batch evenly.
+
+        A backward in two halves takes half its time in each.
+        """
+        share = 1.0 / (schedule.num_chunks * schedule.num_splits)
+        return cls.of_forwards(
+            schedule,
+            [forward * share] * schedule.num_splits,
+            backward_ratio=backward / forward,
+        )
+
+    @classmethod
+    def of_tokens(
+        cls,
+        schedule: Schedule,
+        cost: TokenCost,
+        lengths: Sequence[int],
+        *,
+        flops_per_second: float,
+        backward_ratio: float = 2.0,
+    ) -> "Costs":
+        """Deal a model's ``cost`` evenly to all model chunks, for sub-sequences of ``lengths``."""
+        if len(lengths) != schedule.num_splits:
+            raise CostError(f"{len(lengths)} lengths for {schedule.num_splits} sub-sequences")
+        speed = flops_per_second * schedule.num_stages * schedule.num_chunks
+        forwards = [cost.of(part.start, part.stop) / speed for part in sub_sequences(lengths)]
+        return cls.of_forwards(schedule, forwards, backward_ratio=backward_ratio)
+
+    @classmethod
+    def of_forwards(
+        cls, schedule: Schedule, forwards: Sequence[float], *, backward_ratio: float
+    ) -> "Costs":
+        """Make all stages and chunks equal, with ``forwards[j]`` for sub-sequence j."""
+        half = backward_ratio / 2
+        ratios = {Kind.F: 1.0, Kind.B: backward_ratio, Kind.I: half, Kind.W: half}
+        parts = {
+            (kind, chunk, j): forward * ratios[kind]
+            for kind in _COMPUTE
+            for chunk in range(schedule.num_chunks)
+            for j, forward in enumerate(forwards)
+        }
+        return cls((parts,) * schedule.num_stages)
+
+    @classmethod
+    def measured(cls, stages: Iterable[Iterable[Measured]]) -> "Costs":
+        """Take the mean over micro-batches of what each stage measured."""
+        return cls(tuple(_means(entries) for entries in stages))
+
+    def merged(self, num_chunks: int, num_splits: int) -> "Costs":
+        """Return the costs of coarser actions: all chunks, all sub-sequences or both in one.
+
+        ``num_chunks`` and ``num_splits`` are as many as there are now, or 1.
+        """
+        return Costs(tuple(_merged(parts, num_chunks, num_splits) for parts in self.stages))
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries a tensor from one stage to the next; both directions at the same time.
+
+    latency: seconds. bandwidth: bytes per second, for one tensor at a time.
+    tensor_bytes: of the tensor of each sub-sequence; none means that only latency counts.
+    """
+
+    latency: float = 0.0
+    bandwidth: float = math.inf
+    tensor_bytes: tuple[float, ...] = ()
+
+    def transfer(self, sub_sequence: int) -> float:
+        """Return for how many seconds a sub-sequence's tensor occupies the link."""
+        return self.tensor_bytes[sub_sequence] / self.bandwidth if self.tensor_bytes else 0.0
+
+
+def _means(entries: Iterable[Measured]) -> Mapping[Part, float]:
+    seconds: defaultdict[Part, list[float]] = defaultdict(list)
+    for entry in entries:
+        action = entry.action
+        if action.kind.is_compute:
+            part = (action.kind, action.chunk, action.sub_sequence)
+            seconds[part].append(entry.end - entry.start)
+    return {part: math.fsum(values) / len(values) for part, values in seconds.items()}
+
+
+def _merged(parts: Mapping[Part, float], num_chunks: int, num_splits: int) -> Mapping[Part, float]:
+    merged: defaultdict[Part, float] = defaultdict(float)
+    for (kind, chunk, j), seconds in parts.items():
+        part = (kind, 0 if num_chunks == 1 else chunk, 0 if num_splits == 1 else j)
+        merged[part] += seconds
+    return dict(merged)

@@ -1,0 +1,258 @@
+"""A tiny GPT of Megatron's on this worker's stage, and the same model whole on one rank."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCAB, HIDDEN, HEADS, GROUPS, LAYERS, BATCH = 40, 32, 4, 2, 4, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to run: the shape of the pipeline and what the model is made of."""
+
+    num_stages: int
+    num_micro_batches: int
+    num_splits: int
+    balance: str = "uniform_comp"
+    num_chunks: int = 1
+    length: int = 30
+    positions: str = "rope"
+    tied: bool = False
+    recompute: bool = False
+    loss: str = "sum"
+    per_token: bool = False
+
+
+def worst_gradient_error(case: Case) -> float:
+    """Run one step of ``case`` and return the largest relative error of any gradient here."""
+    from megatron.adaptor import install
+
+    session = install()
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    _make_groups(case)
+    whole = _whole_model(case)
+    chunks = _stage_chunks(case, whole)
+    data = _micro_batches(case)
+    session.settings = _settings(case)
+    session.context.use_kernel(None)
+    is_cut_here = case.num_chunks > 1
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward_step(case),
+        data_iterator=[iter(data) for _ in chunks] if is_cut_here else iter(data),
+        model=chunks if is_cut_here else chunks[0],
+        num_microbatches=case.num_micro_batches,
+        seq_length=case.length,
+        micro_batch_size=BATCH,
+    )
+    session.context.use_kernel("reference")
+    losses = _run_whole(case, whole, data)
+    if reports:
+        assert len(reports) == case.num_micro_batches
+        for report, loss in zip(reports, losses, strict=True):
+            torch.testing.assert_close(_mean(report["lm loss"]), loss, rtol=1e-5, atol=0.0)
+    return max(_errors(case, chunks, whole))
+
+
+def _mean(value: Tensor) -> Tensor:
+    return (value[0] / value[1] if value.numel() == 2 else value.squeeze()).detach()
+
+
+@cache
+def _groups_of_one() -> list[Any]:
+    """Make a process group for each rank alone; all ranks must call."""
+    return [torch.distributed.new_group([r]) for r in range(torch.distributed.get_world_size())]
+
+
+def _make_groups(case: Case) -> None:
+    """Set Megatron's process groups up, unless they are as needed: each costs a thread."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    chunks = case.num_chunks if case.num_chunks > 1 else None
+    if (
+        not parallel_state.is_initialized()
+        or parallel_state.get_pipeline_model_parallel_world_size() != case.num_stages
+    ):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            pipeline_model_parallel_size=case.num_stages, create_gloo_process_groups=False
+        )
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def _config(case: Case, num_stages: int, num_chunks: int) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        pipeline_model_parallel_size=num_stages,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
+        pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=case.per_token,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        recompute_granularity="full" if case.recompute else None,
+        recompute_method="uniform" if case.recompute else None,
+        recompute_num_layers=1 if case.recompute else None,
+    )
+
+
+def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(),
+        vocab_size=VOCAB,
+        max_sequence_length=case.length,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type=case.positions,
+        share_embeddings_and_output_weights=case.tied,
+        **kwargs,
+    )
+
+
+def _whole_model(case: Case) -> Any:
+    """Build all layers on this rank, the same on every rank."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = _groups_of_one()[torch.distributed.get_rank()]
+    torch.manual_seed(3)
+    return _model(case, _config(case, 1, 1), True, True, pg_collection=groups)
+
+
+def _stage_chunks(case: Case, whole: Any) -> list[Any]:
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    stage = torch.distributed.get_rank()
+    config = _config(case, case.num_stages, case.num_chunks)
+    chunks = []
+    for chunk in range(case.num_chunks):
+        first = stage == 0 and chunk == 0
+        last = stage == case.num_stages - 1 and chunk == case.num_chunks - 1
+        model = _model(case, config, first, last, vp_stage=chunk if case.num_chunks > 1 else None)
+        ours = dict(whole.named_parameters())
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(ours[_whole_name(model, name, case)].data)
+        ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        ddp.zero_grad_buffer()
+        chunks.append(ddp)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks
+
+
+def _whole_name(model: Any, name: str, case: Case) -> str:
+    """Name of a stage's parameter in the whole model, whose layers count from the first stage."""
+    if case.tied and name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, index, *rest = name.split(".")
+    number = model.decoder.layers[int(index)].layer_number - 1
+    return ".".join(["decoder.layers", str(number), *rest])
+
+
+def _micro_batches(case: Case) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(11)
+
+    def batch() -> dict[str, Any]:
+        tokens = torch.randint(0, VOCAB, (BATCH, case.length + 1), generator=generator)
+        mask = (torch.rand(BATCH, case.length, generator=generator) < 0.7).float()
+        mask[:, :8] = 0.0  # early sub-sequences may have no token that counts
+        return {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(case.length).expand(BATCH, -1),
+            "attention_mask": None,
+            "cu_seqlens": None,
+        }
+
+    return [batch() for _ in range(case.num_micro_batches)]
+
+
+def _forward_step(case: Case) -> Callable[..., Any]:
+    """Return a forward step in Megatron's manner, which knows nothing of sub-sequences."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    def sum_loss(mask: Tensor, losses: Tensor) -> Any:
+        loss = (losses.float() * mask).sum()
+        count = mask.sum().to(torch.int)
+        return loss, count, {"lm loss": torch.stack([loss.detach(), count.float()])}
+
+    def mean_loss(mask: Tensor, losses: Tensor) -> Any:
+        loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+        return loss, {"lm loss": loss.detach()[None]}
+
+    def forward_step(data: Iterator[Any], model: Any) -> Any:
+        batch = get_batch_on_this_cp_rank(
+            next(data), is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+        )
+        output = model(
+            batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+        )
+        of_output = sum_loss if case.loss == "sum" else mean_loss
+        return output, lambda losses: of_output(batch["loss_mask"], losses)
+
+    return forward_step
+
+
+def _settings(case: Case) -> Any:
+    from megatron.adaptor.settings import Settings
+    from seq1f1b.sequence import TokenCost
+
+    return Settings(
+        num_splits=case.num_splits,
+        balance_method=case.balance,
+        runs_executor=True,
+        attention=None,
+        metrics_file=None,
+        sequence_length=case.length,
+        multiple=1,
+        cost=TokenCost.of_transformer(
+            num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS
+        ),
+    )
+
+
+def _run_whole(case: Case, model: Any, data: list[dict[str, Any]]) -> list[Tensor]:
+    """Backpropagate whole micro-batches on one rank; return the mean loss of each."""
+    losses = []
+    for batch in data:
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        total, count = (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+        if case.per_token:
+            everything = sum(b["loss_mask"].sum() for b in data)
+            (total / everything).backward()
+        else:
+            (total / count / case.num_micro_batches).backward()
+        losses.append((total / count).detach())
+    return losses
+
+
+def _errors(case: Case, chunks: list[Any], whole: Any) -> Iterator[float]:
+    wanted = dict(whole.named_parameters())
+    for chunk in chunks:
+        for name, parameter in chunk.module.named_parameters():
+            expected = wanted[_whole_name(chunk.module, name, case)].grad
+            yield ((parameter.main_grad - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,49 @@
+"""Gradients of Seq1F1B through Megatron-Core against the whole model on one rank, in float32."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.megatron_model import Case, worst_gradient_error
+
+pytestmark = pytest.mark.distributed
+
+
+def errors(cases):
+    return [(case, worst_gradient_error(case)) for case in cases]
+
+
+def check(workers, num_stages, cases):
+    for results in workers(num_stages).run(errors, cases, timeout=300):
+        assert len(results) == len(cases)
+        for case, error in results:
+            assert error < 1e-5, case
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("balance", ["average", "uniform_comp"])
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_every_shape(workers, num_stages, balance):
+    shapes = itertools.product((1, 2, 3, 5), (2, 3, 4, 7))
+    check(workers, num_stages, [Case(num_stages, m, s, balance) for m, s in shapes])
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_every_feature(workers, num_stages):
+    plain = Case(num_stages, 3, 4)
+    features = (
+        {"positions": "learned_absolute", "tied": True},
+        {"recompute": True},
+        {"loss": "mean"},
+        {"per_token": True},
+        {"num_splits": 1},
+    )
+    check(workers, num_stages, [replace(plain, **feature) for feature in features])
+
+
+@pytest.mark.timeout(400)
+def test_interleaved(workers):
+    cases = [Case(2, m, s, num_chunks=2) for m in (2, 3, 4) for s in (1, 2, 3)]
+    check(workers, 2, cases)
