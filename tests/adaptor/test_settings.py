@@ -1,0 +1,137 @@
+"""Flags that cannot work end the program before any process group is made, all of them listed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Parses and validates each command line that it reads, in one process: Megatron's import is slow.
+_PROGRAM = """
+import json, sys
+from megatron.adaptor import install
+session = install()
+import torch
+from megatron.training.arguments import parse_args, validate_args
+answers = []
+for argv in json.loads(sys.stdin.read()):
+    sys.argv = ["script", *argv]
+    session.settings = None
+    try:
+        args = parse_args()
+        validate_args(args)
+        answers.append(["ok", session.settings.num_splits, [p.length for p in session.settings.cut(args.seq_length)]])
+    except SystemExit as error:
+        answers.append(["exit", str(error.code), torch.distributed.is_initialized()])
+print("ANSWERS" + json.dumps(answers))
+"""
+
+_BASE = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 "
+    "--max-position-embeddings 128 --micro-batch-size 1 --global-batch-size 4 --train-iters 4 "
+    "--attention-dropout 0 --pipeline-model-parallel-size 2"
+).split()
+
+REFUSED = {
+    "no splits": (
+        ["--seq1f1b-splits", "0"],
+        ["--seq1f1b-splits 0: must be at least 1"],
+    ),
+    "negative splits": (["--seq1f1b-splits", "-3"], ["--seq1f1b-splits -3: must be at least 1"]),
+    "more splits than tokens": (
+        ["--seq1f1b-splits", "129"],
+        ["--seq1f1b-splits 129 with --seq-length 128", "need a sequence of 129 tokens"],
+    ),
+    "lengths that cannot be aligned": (
+        ["--seq1f1b-splits", "65", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        ["65 splits of at least 2 token(s)", "--sequence-parallel", "2 at a time"],
+    ),
+    "attention dropout": (
+        ["--seq1f1b-splits", "4", "--attention-dropout", "0.1"],
+        ["--attention-dropout must be 0", "add --attention-dropout 0"],
+    ),
+    "context parallelism": (
+        ["--seq1f1b-splits", "4", "--context-parallel-size", "2"],
+        ["--context-parallel-size must be 1"],
+    ),
+    "mixture of experts": (
+        ["--seq1f1b-splits", "4", "--num-experts", "4"],
+        ["--num-experts", "use --seq1f1b-splits 1"],
+    ),
+    "reset attention mask": (
+        ["--seq1f1b-splits", "4", "--reset-attention-mask"],
+        ["--reset-attention-mask is not supported with sub-sequences"],
+    ),
+    "several at once": (
+        ["--seq1f1b-splits", "0", "--attention-dropout", "0.1", "--seq1f1b-schedule", "1f1b"],
+        ["--seq1f1b-splits 0", "--attention-dropout must be 0"],
+    ),
+    "unknown balance method": (["--seq1f1b-balance-method", "best"], ["2"]),
+}
+
+ACCEPTED = {
+    "plain": ([], 1, [128]),
+    "four splits": (
+        ["--seq1f1b-splits", "4", "--seq1f1b-balance-method", "average"],
+        4,
+        [32, 32, 32, 32],
+    ),
+    "MindSpeed's flag": (
+        ["--enable-seq1f1b", "--seq1f1b-balance-method", "average"],
+        4,
+        [32, 32, 32, 32],
+    ),
+    "MindSpeed's flag and a number": (
+        ["--enable-seq1f1b", "--seq1f1b-splits", "2", "--seq1f1b-balance-method", "average"],
+        2,
+        [64, 64],
+    ),
+    "not divisible": (
+        ["--seq1f1b-splits", "3", "--seq1f1b-balance-method", "average"],
+        3,
+        [43, 43, 42],
+    ),
+    "aligned to tensor parallelism": (
+        "--seq1f1b-splits 3 --seq1f1b-balance-method average --tensor-model-parallel-size 2 "
+        "--sequence-parallel".split(),
+        3,
+        [44, 42, 42],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list]:
+    """Answers to all command lines, from one process on rank 0 of 4."""
+    import json
+
+    lines = {name: _BASE + flags for name, (flags, *_) in (REFUSED | ACCEPTED).items()}
+    run = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        input=json.dumps(list(lines.values())),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "4"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = next(line for line in run.stdout.splitlines() if line.startswith("ANSWERS"))
+    return dict(zip(lines, json.loads(found.removeprefix("ANSWERS")), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(answers, name):
+    kind, message, has_process_group = answers[name]
+    assert kind == "exit"
+    assert not has_process_group
+    for expected in REFUSED[name][1]:
+        assert expected in message
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(answers, name):
+    _, num_splits, lengths = ACCEPTED[name]
+    assert answers[name] == ["ok", num_splits, lengths]
