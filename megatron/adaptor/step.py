@@ -128,9 +128,9 @@ class Step:
         schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
 
     def _forward_step_of(self, action: Action) -> Callable[..., Any]:
-        def forward_step(*args: Any) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(*args: Any) -> tuple[Tensor, Callable[..., Any] | None]:
             output, loss_function = self.forward_step_func(*args)
-            return output, self.loss.wrap(action, loss_function)
+            return output, loss_function and self.loss.wrap(action, loss_function)
 
         return forward_step
 

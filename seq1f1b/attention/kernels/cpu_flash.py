@@ -29,6 +29,9 @@ class CpuFlash:
         """See Kernel; the log-sum-exp is ``[b * kv heads, group, n]``."""
         kv_heads = key.shape[2]
         prefix = key.shape[0] - query.shape[0]
+        dtype = query.dtype
+        if prefix:
+            query, key, value = _exact(query, key, value)
         q = _fold_query(query, kv_heads)
         k, v = _fold_kv(key, q), _fold_kv(value, q)
         output, log_sum_exp = _forward(
@@ -38,12 +41,9 @@ class CpuFlash:
             before, before_lse = _forward(
                 q, k[:, :, :prefix], v[:, :, :prefix], _NO_DROPOUT, False, scale=scale
             )
-            weight = torch.sigmoid(before_lse - log_sum_exp)[..., None]
-            output = torch.lerp(output.to(weight.dtype), before.to(weight.dtype), weight).to(
-                query.dtype
-            )
+            output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None])
             log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
-        return _unfold(output, kv_heads), log_sum_exp
+        return _unfold(output, kv_heads).to(dtype), log_sum_exp
 
     def backward(
         self,
@@ -59,6 +59,11 @@ class CpuFlash:
         """See Kernel."""
         kv_heads = key.shape[2]
         prefix = key.shape[0] - query.shape[0]
+        dtype = query.dtype
+        if prefix:
+            grad_output, query, key, value, output = _exact(
+                grad_output, query, key, value, output
+            )
         q = _fold_query(query, kv_heads)
         k, v = _fold_kv(key, q), _fold_kv(value, q)
         grad, out = _fold_query(grad_output, kv_heads), _fold_query(output, kv_heads)
@@ -76,7 +81,12 @@ class CpuFlash:
             grad_query += before_query
             prefix_gradients[0].add_(before_key)
             prefix_gradients[1].add_(before_value)
-        return _unfold(grad_query, kv_heads), grad_key, grad_value
+        return _unfold(grad_query, kv_heads).to(dtype), grad_key.to(dtype), grad_value.to(dtype)
+
+
+def _exact(*tensors: Tensor) -> list[Tensor]:
+    """Raise half precision to float32, so that two partial results are rounded once, not thrice."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def _fold_query(x: Tensor, kv_heads: int) -> Tensor:

@@ -1,0 +1,85 @@
+"""Training scripts that know nothing of sub-sequences, run unmodified under the adaptor."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ARGUMENTS = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
+    "--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 3 --vocab-size 100 "
+    "--train-iters 4 --eval-iters 1 --eval-interval 4 --lr 1e-3 --attention-dropout 0 "
+    "--hidden-dropout 0 --log-interval 1 --position-embedding-type rope"
+).split()
+
+
+def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        + ["--nproc-per-node", str(num_ranks), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=SCRIPTS,
+    )
+
+
+def train(tmp_path: Path, num_ranks: int, *flags: object) -> list[dict]:
+    """Run plain_gpt.py and return what each iteration logged."""
+    file = tmp_path / f"metrics-{'-'.join(map(str, flags)).replace('/', '_')[-80:]}.jsonl"
+    run = torchrun(
+        num_ranks,
+        *("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS, *flags),
+        *("--seq1f1b-metrics-file", file),
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "validation loss" in run.stdout
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_tensor_and_pipeline_parallel_losses_are_those_of_one_split(tmp_path):
+    flags = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    whole = train(tmp_path, 4, *flags, "--seq1f1b-splits", 1)
+    cut = train(tmp_path, 4, *flags, "--seq1f1b-splits", 3)
+    assert len(whole) == len(cut) == 4
+    for a, b in zip(whole, cut, strict=True):
+        assert b["lm_loss"] == pytest.approx(a["lm_loss"], rel=1e-5)
+        assert len(b["bubble_ratio"]) == len(b["peak_activation_bytes"]) == 2
+        assert all(0 < ratio < 1 for ratio in b["bubble_ratio"])
+        assert a["kv_carry_bytes"] == [0, 0]
+        assert all(carried > 0 for carried in b["kv_carry_bytes"])
+    assert whole[-1]["lm_loss"] < whole[0]["lm_loss"]
+
+
+def test_a_rank_that_raises_ends_the_job(tmp_path):
+    run = torchrun(
+        2,
+        *("-m", "megatron.adaptor", SCRIPTS / "failing_gpt.py", *ARGUMENTS),
+        *("--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 4),
+    )
+    ended = time.time()
+    assert run.returncode != 0
+    # Fifth forward of stage 1: the first sub-sequence of micro-batch 1.
+    assert "stage 1, step" in run.stderr
+    raised = re.search(r"action 0F1\.0: cosmic ray at ([0-9.]+)", run.stderr)
+    assert raised, run.stderr[-4000:]
+    assert ended - float(raised[1]) < 30
+
+
+def test_no_such_script():
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron.adaptor", "nowhere.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "no such script: nowhere.py" in run.stderr

@@ -1,0 +1,94 @@
+"""The executor on its own: errors, leaks and the clock."""
+
+import pytest
+import torch
+
+from seq1f1b.runtime import ActionClock, ActionError, ExecutionContext, execute
+from seq1f1b.schedule import Action, Kind, forward_only, lower, one_f_one_b
+from seq1f1b.sequence import sub_sequences
+from tests.tiny_model import ModelPart, TinyComputation, micro_batches
+
+LENGTHS = (5, 4, 3)
+
+
+class NoLink:
+    """A single stage sends and receives nothing."""
+
+    def receive(self, action):
+        raise AssertionError(action)
+
+    def send(self, action, tensor):
+        raise AssertionError(action)
+
+    def finish(self):
+        pass
+
+
+def run(schedule, *, fail_at=None, forget=None):
+    data = micro_batches(schedule.num_micro_batches, sum(LENGTHS))
+    parts = [sub_sequences(LENGTHS)] * len(data)
+    context = ExecutionContext()
+    computation = TinyComputation([ModelPart(0, 1, sum(LENGTHS))], data, parts, context)
+    clock = ActionClock()
+    if fail_at:
+        method = "forward" if fail_at.kind is Kind.F else "backward"
+        original = getattr(computation, method)
+
+        def failing(action, *rest):
+            if action == fail_at:
+                raise RuntimeError("no such luck")
+            return original(action, *rest)
+
+        setattr(computation, method, failing)
+    actions = [action for action in lower(schedule).stages[0] if action != forget]
+    execute(actions, computation, NoLink(), context, parts, clock, stage=0)
+    return context, clock
+
+
+@pytest.mark.parametrize("text", ["0F1.2", "0B0.1"])
+def test_an_error_names_stage_step_and_action(text):
+    action = Action.parse(text)
+    schedule = one_f_one_b(1, 2, 3)
+    step = schedule.stages[0].index(action)
+    with pytest.raises(ActionError, match=rf"stage 0, step {step} of 12, action {text}: no such"):
+        run(schedule, fail_at=action)
+
+
+def test_a_backward_left_out_leaks_and_is_noticed():
+    with pytest.raises(AssertionError, match=r"alive after the step: 0F1\.0"):
+        run(one_f_one_b(1, 2, 3), forget=Action.parse("0B1.0"))
+
+
+def test_evaluation_gives_the_carry_back():
+    context, _ = run(forward_only(1, 1, 3, 3))
+    assert context.carries.bytes_in_use == 0
+    assert context.carries.peak_bytes > 0
+    assert context.action is None
+
+
+def test_one_split_carries_nothing():
+    data = micro_batches(1, 12)
+    parts = [sub_sequences((12,))]
+    context = ExecutionContext()
+    computation = TinyComputation([ModelPart(0, 1, 12)], data, parts, context)
+    actions = lower(one_f_one_b(1, 1)).stages[0]
+    execute(actions, computation, NoLink(), context, parts, ActionClock(), stage=0)
+    assert context.carries.bytes_held == 0
+
+
+def test_clock_records_every_computation_in_order():
+    schedule = one_f_one_b(1, 2, 3)
+    _, clock = run(schedule)
+    timed, length = clock.finish()
+    assert tuple(entry.action for entry in timed) == schedule.stages[0]
+    moments = [moment for entry in timed for moment in (entry.start, entry.end)]
+    assert moments == sorted(moments)
+    assert 0 <= moments[0] <= moments[-1] <= length
+
+
+def test_context_outside_of_an_action():
+    context = ExecutionContext()
+    assert context.offset == 0
+    tensors = [torch.randn(6, 1, 2, 4) for _ in range(3)]
+    assert context.attend("layer", *tensors, scale=0.5).shape == (6, 1, 2, 4)
+    assert context.carries.bytes_held == 0

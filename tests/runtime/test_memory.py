@@ -1,0 +1,76 @@
+"""The count of live activations against sums by hand and against resident memory."""
+
+import gc
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from seq1f1b.attention import CarryPool
+from seq1f1b.runtime import ActivationMeter
+
+MIB = 2**20
+
+
+def test_each_storage_counts_once_and_parameters_do_not():
+    layer = nn.Linear(256, 256)
+    x = torch.randn(1024, 256, requires_grad=True)  # 1 MiB
+    meter = ActivationMeter(CarryPool())
+    with meter.measuring(layer.parameters()):
+        y = layer(x)  # saves x
+        z = (y * x).exp()  # saves y and x, and the result
+        assert meter.live_bytes == 3 * MIB
+        z.sum().backward()
+        del y, z
+        gc.collect()
+    assert meter.live_bytes == 0
+    assert meter.peak_bytes == 3 * MIB
+
+
+def test_the_carry_counts_too():
+    pool = CarryPool()
+    meter = ActivationMeter(pool)
+    with meter.measuring([]):
+        buffer = pool.take((MIB,), torch.uint8, torch.device("cpu"))
+        x = torch.randn(MIB // 4, requires_grad=True)
+        y = x.exp()
+        assert meter.peak_bytes == 2 * MIB
+        pool.give_back(buffer)
+        del y
+        pool.take((MIB // 2,), torch.uint8, torch.device("cpu"))
+    assert meter.peak_bytes == 2 * MIB
+
+
+_RESIDENT = """
+import gc, os, resource, torch
+from torch import nn
+from seq1f1b.attention import CarryPool
+from seq1f1b.runtime import ActivationMeter
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+torch.set_num_threads(1)
+model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(24)))
+x = torch.randn(8192, 512)
+model(x[:1]).sum().backward()
+meter = ActivationMeter(CarryPool())
+gc.collect()
+before = resident()
+with meter.measuring([*model.parameters(), x]):
+    y = model(x)
+    grown, counted = resident() - before, meter.live_bytes
+print(grown, counted)
+"""
+
+
+def test_count_agrees_with_resident_memory():
+    run = subprocess.run(
+        [sys.executable, "-c", _RESIDENT], capture_output=True, text=True, check=True
+    )
+    grown, counted = map(int, run.stdout.split())
+    assert counted > 512 * MIB
+    # The last output belongs to the program, not to autograd.
+    assert abs(grown - 16 * MIB - counted) < 0.05 * counted
