@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -45,6 +45,15 @@ class IterationMetrics:
         )
 
 
+class StageFigures(NamedTuple):
+    """One stage's last forward-backward pass."""
+
+    seconds: float
+    bubble_ratio: float
+    peak_activation_bytes: int
+    kv_carry_bytes: int
+
+
 class StepMeter:
     """Times and weighs the forward-backward pass of every iteration on this rank."""
 
@@ -53,7 +62,7 @@ class StepMeter:
         self._device = device
         self._activations = ActivationMeter(context.carries, device=device)
         self._clock: ActionClock | None = None
-        self._last: tuple[float, int, int] | None = None
+        self.last: StageFigures | None = None
         self._seconds = 0.0
         self._losses: dict[str, Any] = {}
 
@@ -83,7 +92,9 @@ class StepMeter:
             result = run(clock)
         timed, length = clock.finish()
         busy = sum(entry.end - entry.start for entry in timed)
-        self._last = 1 - busy / length, self._activations.peak_bytes, carries.peak_bytes
+        self.last = StageFigures(
+            length, 1 - busy / length, self._activations.peak_bytes, carries.peak_bytes
+        )
         return result
 
     def timing(self, kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -118,12 +129,12 @@ class StepMeter:
 
     def iteration(self, iteration: int, floating_point_operations: float, tokens: int) -> Any:
         """Gather the last step's figures from all stages; every rank of a pipeline must call."""
-        if self._last is None:
+        if self.last is None:
             return None
         group = parallel_state.get_pipeline_model_parallel_group()
         stages: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(stages, self._last, group=group)
-        bubbles, peaks, carried = (list(column) for column in zip(*stages, strict=True))
+        torch.distributed.all_gather_object(stages, self.last, group=group)
+        _, bubbles, peaks, carried = (list(column) for column in zip(*stages, strict=True))
         loss = self._losses.get("lm loss")
         return IterationMetrics(
             iteration=iteration,

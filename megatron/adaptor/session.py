@@ -28,6 +28,7 @@ class Session:
         self.cutter = BatchCutter(self.context)
         self.meter = metrics.StepMeter(self.context, device)
         self.settings: Settings | None = None
+        self._args: argparse.Namespace | None = None
         self._backward_group: Any = None
 
     def patches(self) -> list[Patch]:
@@ -127,17 +128,20 @@ class Session:
     def _validate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def validate_args(args: argparse.Namespace, defaults: Any = None) -> Any:
             result = original(args, defaults or {})
-            self.settings, faults = settings_from(args)
+            _, faults = settings_from(args)
             refuse(faults, args.rank)
-            self.context.use_kernel(self.settings.attention)
+            self._args = args
             return result
 
         return validate_args
 
     def _forward_backward_func(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-            settings = self.settings
-            if settings is None or not settings.runs_executor:
+            if self._args is not None:
+                # Only now, with the tokenizer built, do they hold the size of the vocabulary.
+                self.settings, _ = settings_from(self._args)
+                self.context.use_kernel(self.settings.attention)
+            if self.settings is None or not self.settings.runs_executor:
                 return self.meter.around_loop(original(*args, **kwargs))
             return self._run_step
 

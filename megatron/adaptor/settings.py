@@ -222,7 +222,6 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
 
 
 def _token_cost(args: argparse.Namespace) -> TokenCost:
-    """Count the layers only: the output layer costs the last stage alone."""
     return TokenCost.of_transformer(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -231,4 +230,5 @@ def _token_cost(args: argparse.Namespace) -> TokenCost:
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         ffn_hidden_size=args.ffn_hidden_size,
         gated_linear_unit=args.swiglu,
+        vocab_size=getattr(args, "padded_vocab_size", None) or 0,
     )

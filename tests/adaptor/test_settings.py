@@ -13,17 +13,19 @@ ROOT = Path(__file__).parents[2]
 _PROGRAM = """
 import json, sys
 from megatron.adaptor import install
-session = install()
+install()
 import torch
+from megatron.adaptor.settings import settings_from
 from megatron.training.arguments import parse_args, validate_args
 answers = []
 for argv in json.loads(sys.stdin.read()):
     sys.argv = ["script", *argv]
-    session.settings = None
     try:
         args = parse_args()
         validate_args(args)
-        answers.append(["ok", session.settings.num_splits, [p.length for p in session.settings.cut(args.seq_length)]])
+        settings, _ = settings_from(args)
+        lengths = [part.length for part in settings.cut(args.seq_length)]
+        answers.append(["ok", settings.num_splits, lengths])
     except SystemExit as error:
         answers.append(["exit", str(error.code), torch.distributed.is_initialized()])
 print("ANSWERS" + json.dumps(answers))
