@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from seq1f1b.schedule import Action, Kind, Schedule
 from seq1f1b.sequence import sub_sequences
@@ -73,10 +74,8 @@ def peak_memory(simulation: Simulation, memory: Memory) -> tuple[float, ...]:
     return tuple(max(held for _, held in curve) for curve in memory_over_time(simulation, memory))
 
 
-def _changes(
-    simulation: Simulation, stage: int, memory: Memory
-) -> Iterator[tuple[float, int, float]]:
-    """Yield (time, order at the same time, change): what is freed is free for what follows."""
+def _changes(simulation: Simulation, stage: int, memory: Memory) -> Iterator[tuple[float, float]]:
+    """Yield when memory changes, and by how much."""
     actions = simulation.schedule.stages[stage]
     last = simulation.schedule.num_splits - 1
     trains = any(action.kind in (Kind.B, Kind.I) for action in actions)
@@ -85,9 +84,9 @@ def _changes(
     for action, start, end in spans:
         taken, freed = _taken_and_freed(action, memory, last, trains, action[1:] in split)
         if taken:
-            yield start, 1, taken
+            yield start, taken
         if freed:
-            yield end, 0, -freed
+            yield end, -freed
 
 
 def _taken_and_freed(
@@ -107,9 +106,9 @@ def _taken_and_freed(
     return taken, freed
 
 
-def _curve(changes: Iterator[tuple[float, int, float]]) -> Iterator[tuple[float, float]]:
-    """Add up the changes; a moment with several gives its most, then what remains."""
+def _curve(changes: Iterator[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Add up the changes, all of one moment together."""
     held = 0.0
-    for time, _, change in sorted(changes):
-        held += change
+    for time, together in groupby(sorted(changes), key=lambda change: change[0]):
+        held += sum(change for _, change in together)
         yield time, held

@@ -116,7 +116,8 @@ class _Table:
         schedule = self.schedule
         compute = action.kind.is_compute
         self.durations.append(costs.of(stage, action) if compute else 0.0)
-        local, remote = [], []
+        local: list[int] = []
+        remote: list[int] = []
         if compute:
             for other, need in dependencies(schedule, stage, action):
                 place = self.template(other, need) * self.num_micro_batches

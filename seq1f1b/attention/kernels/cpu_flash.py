@@ -61,9 +61,7 @@ class CpuFlash:
         prefix = key.shape[0] - query.shape[0]
         dtype = query.dtype
         if prefix:
-            grad_output, query, key, value, output = _exact(
-                grad_output, query, key, value, output
-            )
+            grad_output, query, key, value, output = _exact(grad_output, query, key, value, output)
         q = _fold_query(query, kv_heads)
         k, v = _fold_kv(key, q), _fold_kv(value, q)
         grad, out = _fold_query(grad_output, kv_heads), _fold_query(output, kv_heads)

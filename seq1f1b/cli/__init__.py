@@ -1,0 +1,19 @@
+"""``seq1f1b``: see and compare schedules before they cost anything."""
+
+import typer
+
+from seq1f1b.cli.compare import compare
+from seq1f1b.cli.simulate import simulate
+from seq1f1b.cli.timeline import timeline
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Plan pipeline schedules: what a step takes, what a stage holds, and what it looks like.",
+)
+app.command()(simulate)
+app.command()(compare)
+app.command()(timeline)
+
+__all__ = ["app"]

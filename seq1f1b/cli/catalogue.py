@@ -1,0 +1,48 @@
+"""Schedules by name."""
+
+from enum import StrEnum
+
+from seq1f1b.schedule import Schedule, gpipe, interleaved, one_f_one_b
+
+
+class ScheduleName(StrEnum):
+    """What the command line calls a schedule, and the schedule itself."""
+
+    GPIPE = "gpipe"
+    PLAIN = "1f1b"
+    INTERLEAVED = "1f1b-interleaved"
+    SEQ = "seq1f1b"
+    SEQ_INTERLEAVED = "seq1f1b-interleaved"
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether it deals several model chunks to a stage."""
+        return self in (ScheduleName.INTERLEAVED, ScheduleName.SEQ_INTERLEAVED)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether it cuts micro-batches into sub-sequences."""
+        return self in (ScheduleName.SEQ, ScheduleName.SEQ_INTERLEAVED)
+
+
+def by_shape(num_chunks: int, num_splits: int) -> ScheduleName:
+    """Return the 1F1B schedule with so many model chunks and sub-sequences."""
+    if num_chunks > 1:
+        return ScheduleName.SEQ_INTERLEAVED if num_splits > 1 else ScheduleName.INTERLEAVED
+    return ScheduleName.SEQ if num_splits > 1 else ScheduleName.PLAIN
+
+
+def make(
+    name: ScheduleName,
+    num_stages: int,
+    num_chunks: int,
+    num_micro_batches: int,
+    num_splits: int,
+    group: int | None = None,
+) -> Schedule:
+    """Generate a schedule; raises ValueError for a shape that it does not have."""
+    if name is ScheduleName.GPIPE:
+        return gpipe(num_stages, num_micro_batches, num_splits)
+    if name.has_chunks:
+        return interleaved(num_stages, num_chunks, num_micro_batches, num_splits, group)
+    return one_f_one_b(num_stages, num_micro_batches, num_splits)

@@ -1,0 +1,58 @@
+"""Figures of a simulation, as JSON and as text."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+from seq1f1b.cli.source import Source
+from seq1f1b.simulate import Simulation, formulas, peak_memory
+
+
+def figures(source: Source, result: Simulation) -> dict[str, Any]:
+    """Return what is worth knowing of a simulation, in plain numbers."""
+    schedule = result.schedule
+    return {
+        "schedule": schedule.name,
+        "stages": schedule.num_stages,
+        "chunks": schedule.num_chunks,
+        "microbatches": schedule.num_micro_batches,
+        "splits": schedule.num_splits,
+        "step_time": result.step_time,
+        "time_unit": "s" if source.seconds else "forward of a stage on one micro-batch",
+        "bubble_ratio": result.bubble_ratio,
+        "bubble_ratio_in_theory": formulas.bubble_ratio(
+            schedule.num_stages,
+            schedule.num_chunks,
+            schedule.num_micro_batches,
+            schedule.num_splits,
+        ),
+        "idle": list(result.idle),
+        "peak_live": list(result.peak_live),
+        "peak_memory": list(peak_memory(result, source.memory(schedule))),
+        "memory_unit": source.memory_unit,
+    }
+
+
+def write_json(value: Any) -> None:
+    """Print JSON on standard output."""
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
+        json.dumps(value, indent=2)
+    )
+
+
+def time_text(source: Source, value: float) -> str:
+    """Write a time with its unit, if it has one."""
+    if not source.seconds:
+        return f"{value:.2f}"
+    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def memory_text(source: Source, value: float) -> str:
+    """Write an amount of memory, without the unit if that is micro-batches."""
+    return f"{value / 2**30:.2f}" if source.memory_unit == "bytes" else f"{value:.2f}"
+
+
+def memory_title(source: Source) -> str:
+    """Return the heading of a column of ``memory_text``."""
+    return "GiB" if source.memory_unit == "bytes" else source.memory_unit

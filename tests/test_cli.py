@@ -1,0 +1,293 @@
+"""The command line, as a person types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from seq1f1b.cli import app
+from seq1f1b.schedule import interleaved, one_f_one_b
+from seq1f1b.simulate import formulas
+from seq1f1b.timeline import write_trace
+from tests.timeline.drawn import planned
+
+SHAPE = ["--stages", "4", "--microbatches", "8"]
+MODEL = ["--seq-length", "32768", "--hidden-size", "4096", "--layers", "32", "--heads", "32"]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: str) -> str:
+    """Return the error without the frame and line ends that a terminal gets."""
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "400"})
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    with path.open("w") as stream:
+        for stage, spans in enumerate(planned(one_f_one_b(2, 3, 2)).stages):
+            write_trace(stream, stage, spans)
+    return str(path)
+
+
+def test_compare_agrees_with_the_formulas():
+    rows = json.loads(
+        run("compare", "--stages", "8", "--microbatches", "8", "--splits", "4", "--json")
+    )
+    by_name = {row["schedule"]: row for row in rows}
+    assert list(by_name) == [
+        "gpipe",
+        "1f1b",
+        "1f1b-interleaved",
+        "seq1f1b",
+        "seq1f1b-interleaved",
+    ]
+    shapes = {"gpipe": (1, 1), "1f1b": (1, 1), "1f1b-interleaved": (2, 1), "seq1f1b": (1, 4)}
+    shapes["seq1f1b-interleaved"] = (2, 4)
+    for name, (v, s) in shapes.items():
+        row = by_name[name]
+        assert (row["chunks"], row["splits"]) == (v, s)
+        assert row["bubble_ratio"] == pytest.approx(formulas.bubble_ratio(8, v, 8, s), abs=1e-12)
+        assert row["step_time"] == pytest.approx(formulas.step_time(8, v, 8, s))
+        assert row["bubble_ratio_in_theory"] == pytest.approx(row["bubble_ratio"])
+        live = [
+            formulas.live_micro_batches(8, 8, s, stage, num_chunks=v) * v * s for stage in range(8)
+        ]
+        assert row["peak_live"] == pytest.approx([8] * 8 if name == "gpipe" else live)
+        held = [number / (v * s) for number in row["peak_live"]]
+        assert row["peak_memory"] == pytest.approx(held)
+
+
+def test_compare_takes_several_numbers_of_splits():
+    rows = json.loads(run("compare", *SHAPE, "--splits", "1,2,8", "--chunks", "1", "--json"))
+    shapes = [(row["schedule"], row["splits"]) for row in rows]
+    assert shapes == [("gpipe", 1), ("1f1b", 1), ("seq1f1b", 2), ("seq1f1b", 8)]
+
+
+def test_compare_prints_a_table_that_fits_a_terminal():
+    output = run("compare", *SHAPE)
+    assert max(map(len, output.splitlines())) <= 80
+    assert "seq1f1b-interleaved" in output
+    assert "1.257x" in output
+    assert "…" not in output
+
+
+def test_compare_on_one_stage_leaves_interleaving_out():
+    rows = json.loads(run("compare", "--stages", "1", "--microbatches", "2", "--json"))
+    assert [row["schedule"] for row in rows] == ["gpipe", "1f1b", "seq1f1b"]
+    assert all(row["bubble_ratio"] == pytest.approx(0.0) for row in rows)
+
+
+def test_compare_from_a_trace_sums_the_measured_parts(trace):
+    rows = {row["schedule"]: row for row in json.loads(run("compare", "--trace", trace, "--json"))}
+    assert list(rows) == ["gpipe", "1f1b", "seq1f1b"]
+    assert rows["seq1f1b"]["step_time"] == pytest.approx(formulas.step_time(2, 1, 3, 2))
+    assert rows["1f1b"]["step_time"] == pytest.approx(formulas.step_time(2, 1, 3, 1))
+
+
+def test_simulate_with_equal_costs():
+    figures = json.loads(run("simulate", *SHAPE, "--splits", "2", "--chunks", "2", "--json"))
+    assert figures["schedule"] == "seq1f1b-interleaved"
+    assert figures["step_time"] == pytest.approx(formulas.step_time(4, 2, 8, 2))
+    assert figures["peak_live"] == list(figures["peak_live"])
+    assert figures["idle"] == pytest.approx([figures["step_time"] - 24] * 4)
+
+
+def test_simulate_with_a_model_is_in_seconds_and_bytes():
+    arguments = ["simulate", *SHAPE, "--splits", "4", *MODEL, "--tflops", "200", "--json"]
+    even = json.loads(run(*arguments))
+    balanced = json.loads(run(*arguments, "--balance-method", "uniform_comp"))
+    assert even["time_unit"] == "s"
+    assert balanced["step_time"] < even["step_time"]
+    assert balanced["bubble_ratio"] == pytest.approx(formulas.bubble_ratio(4, 1, 8, 4), abs=2e-3)
+    assert even["memory_unit"] == "bytes"
+    activations = 7 / 4 * 32768 * 34 * 4096 * 8
+    assert activations < even["peak_memory"][0] < 1.5 * activations
+
+
+def test_latency_and_bandwidth_cost_time():
+    arguments = ["simulate", "--stages", "4", "--microbatches", "1", *MODEL, "--json"]
+    free = json.loads(run(*arguments))["step_time"]
+    late = json.loads(run(*arguments, "--latency", "0.01"))["step_time"]
+    slow = json.loads(run(*arguments, "--latency", "0.01", "--bandwidth", "10"))["step_time"]
+    assert late == pytest.approx(free + 2 * 3 * 0.01)
+    assert slow == pytest.approx(late + 2 * 3 * 32768 * 4096 * 2 / 10e9)
+
+
+def test_simulate_prints_every_stage():
+    lines = run("simulate", *SHAPE, "--splits", "2").splitlines()
+    assert lines[0].startswith("seq1f1b  4 stages")
+    assert lines[1].startswith("step 28.50, bubble ratio 15.79%")
+    assert [line.split()[0] for line in lines[3:7]] == ["0", "1", "2", "3"]
+
+
+def test_simulate_replays_a_trace(trace):
+    figures = json.loads(run("simulate", "--trace", trace, "--json"))
+    assert figures["schedule"] == "replayed"
+    assert figures["step_time"] == pytest.approx(figures["measured_step_time"])
+    assert figures["bubble_ratio"] == pytest.approx(figures["measured_bubble_ratio"])
+    assert "measured: step 10.500 s, bubble ratio 14.29%" in run("simulate", "--trace", trace)
+
+
+def test_a_trace_can_drive_another_schedule(trace):
+    figures = json.loads(
+        run("simulate", "--trace", trace, "--schedule", "gpipe", "--microbatches", "6", "--json")
+    )
+    assert figures["schedule"] == "gpipe"
+    assert figures["step_time"] == pytest.approx(formulas.step_time(2, 1, 6, 2))
+
+
+@pytest.mark.parametrize("ending", ["txt", "svg", "png", "json", "html"])
+def test_timeline_writes_what_the_ending_says(ending, tmp_path, trace):
+    path = tmp_path / f"plan.{ending}"
+    assert run("timeline", *SHAPE, "--splits", "2", "--output", str(path)) == f"wrote {path}\n"
+    alone = path.stat().st_size
+    beginnings = {
+        "txt": b"seq1f1b: step 28.5",
+        "svg": b"<?xml",
+        "png": b"\x89PNG",
+        "json": b'{"traceEvents"',
+        "html": b"<!doctype html>",
+    }
+    assert path.read_bytes().startswith(beginnings[ending])
+    run("timeline", "--trace", trace, "--output", str(path))
+    assert path.stat().st_size != alone
+
+
+def test_timeline_prints_text_without_an_output(trace):
+    assert "stage 3" in run("timeline", *SHAPE)
+    both = run("timeline", "--trace", trace, "--width", "50")
+    assert "measured: step 10.5 s" in both
+    assert "replayed: step 10.5 s" in both
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["simulate", "--stages", "0"], "'--stages'"),
+        (["simulate", "--microbatches", "x"], "'--microbatches'"),
+        (["simulate", "--schedule", "zb-v"], "'--schedule'"),
+        (["simulate"], "'--stages': how many pipeline stages? Give it, or a --trace"),
+        (["simulate", "--stages", "2"], "'--microbatches': how many micro-batches?"),
+        (["simulate", *SHAPE, "--backward-ratio", "-1"], "'--backward-ratio'"),
+        (
+            ["simulate", *SHAPE, "--schedule", "1f1b", "--splits", "2"],
+            "'--splits': 1f1b has 1 sub-sequence, not 2",
+        ),
+        (
+            ["simulate", *SHAPE, "--schedule", "seq1f1b"],
+            "'--splits': seq1f1b needs at least 2 sub-sequences",
+        ),
+        (
+            ["simulate", *SHAPE, "--schedule", "gpipe", "--chunks", "2"],
+            "'--chunks': gpipe has 1 model chunk a stage, not 2",
+        ),
+        (
+            ["simulate", *SHAPE, "--schedule", "1f1b-interleaved"],
+            "'--chunks': 1f1b-interleaved needs at least 2 model chunks a stage",
+        ),
+        (
+            ["simulate", "--stages", "1", "--microbatches", "2", "--chunks", "2"],
+            "'--stages': 1f1b-interleaved needs at least 2 stages",
+        ),
+        (
+            ["simulate", *SHAPE, "--group", "4"],
+            "'--group': 1f1b takes no turns; only interleaved schedules do",
+        ),
+        (
+            ["simulate", *SHAPE, "--chunks", "2", "--group", "3"],
+            "'--group': turns of 3 on 4 stages: a turn takes at least one sub-sequence",
+        ),
+        (
+            ["simulate", *SHAPE, "--seq-length", "1024", "--layers", "2"],
+            "'--seq-length': a model needs --hidden-size, --heads too",
+        ),
+        (
+            ["simulate", *SHAPE, "--bandwidth", "5"],
+            "'--bandwidth': needs a model: --seq-length, --hidden-size, --layers, --heads",
+        ),
+        (
+            ["simulate", *SHAPE, "--balance-method", "uniform_comp"],
+            "'--balance-method': uniform_comp needs a model",
+        ),
+        (
+            ["simulate", *SHAPE, *MODEL, "--heads", "3"],
+            "'--heads': 4096 is not a multiple of 3",
+        ),
+        (
+            ["simulate", *SHAPE, *MODEL, "--query-groups", "5"],
+            "'--query-groups': 32 heads cannot share 5 groups",
+        ),
+        (
+            ["simulate", *SHAPE, *MODEL, "--splits", "3", "--multiple", "5"],
+            "'--seq-length': sequence length 32768 is not a multiple of 5",
+        ),
+        (["compare", *SHAPE, "--splits", "2,x"], "'--splits': '2,x' is not a list of numbers"),
+        (["compare", *SHAPE, "--splits", "0"], "'--splits': '0' is not a list of numbers from 1"),
+        (
+            ["timeline", *SHAPE, "--output", "plan.gif"],
+            "'--output': plan.gif must end in one of .txt, .svg, .png, .json, .html",
+        ),
+        (
+            ["timeline", *SHAPE, "--output", "no/such/folder/plan.txt"],
+            "'--output': no/such/folder/plan.txt: cannot be written:",
+        ),
+        (
+            ["simulate", "--trace", "missing.jsonl"],
+            "'--trace': missing.jsonl: cannot be read:",
+        ),
+    ],
+)
+def test_bad_input_names_the_flag(arguments, message):
+    assert f"Invalid value for {message}" in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stages", "3"], "'--stages': 3, but the trace has 2"),
+        (["--splits", "4"], "'--splits': {trace} has 2"),
+        (["--chunks", "2"], "'--chunks': {trace} has 1"),
+        (["--seq-length", "64"], "'--seq-length': a trace has its own costs"),
+        (["--bandwidth", "1"], "'--bandwidth': the size of a trace's tensors is not known"),
+    ],
+)
+def test_flags_that_contradict_a_trace_are_named(arguments, message, trace):
+    output = refused("simulate", "--trace", trace, *arguments)
+    assert f"Invalid value for {message.format(trace=trace)}" in output
+
+
+def test_a_trace_of_less_than_a_step_is_refused(tmp_path):
+    path = tmp_path / "part.jsonl"
+    with path.open("w") as stream:
+        for stage, spans in enumerate(planned(interleaved(2, 2, 2)).stages):
+            write_trace(stream, stage, spans[1:])
+    message = refused("simulate", "--trace", str(path))
+    assert f"'--trace': {path}: not one whole step:" in message
+    assert "stage 0 needs exactly one F" in message
+
+
+def test_starting_imports_neither_torch_nor_matplotlib_and_takes_under_a_second():
+    code = (
+        "import time, sys; start = time.process_time(); import seq1f1b.cli; "
+        "seconds = time.process_time() - start; "
+        "print(seconds, [name for name in ('torch', 'matplotlib') if name in sys.modules])"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    seconds, heavy = output.split(maxsplit=1)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < 1.0
+
+
+def test_help_lists_the_commands():
+    output = run("--help")
+    assert all(name in output for name in ("simulate", "compare", "timeline"))

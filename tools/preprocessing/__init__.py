@@ -1,0 +1,1 @@
+"""What the tools that prepare training data share: reading, tokenizing, writing, reporting."""

@@ -1,0 +1,88 @@
+"""What a run measured: its metrics file, and the summary of it."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+_MIB = 2**20
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the iterations in ``file``; a line that is being written is left out."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's figures, without its first iterations (losses: with them).
+
+    milliseconds is the median, from which both rates follow; memory is the highest peak, by stage;
+    bubble_ratio is the mean over stages of each iteration, and of these the median.
+    """
+
+    milliseconds: float
+    tokens_per_second: float
+    tflops_per_device: float
+    peak_memory_mib: tuple[float, ...]
+    kv_carry_mib: tuple[float, ...]
+    bubble_ratio: float
+    losses: tuple[float | None, ...]
+
+    @property
+    def last_loss(self) -> float | None:
+        """The loss of the last iteration."""
+        return self.losses[-1]
+
+
+def summarize(entries: Sequence[dict[str, Any]], num_warmup: int) -> Summary | None:
+    """Summarize iterations, leaving out the first ``num_warmup``; None if none are left."""
+    counted = entries[num_warmup:]
+    if not counted:
+        return None
+    milliseconds = median(entry["milliseconds"] for entry in counted)
+    # the work of a step is the same in all of them
+    scale = counted[-1]["milliseconds"] / milliseconds
+    return Summary(
+        milliseconds=milliseconds,
+        tokens_per_second=counted[-1]["tokens_per_second"] * scale,
+        tflops_per_device=counted[-1]["tflops_per_device"] * scale,
+        peak_memory_mib=_peaks(counted, "peak_activation_bytes"),
+        kv_carry_mib=_peaks(counted, "kv_carry_bytes"),
+        bubble_ratio=median(fmean(entry["bubble_ratio"]) for entry in counted),
+        losses=tuple(entry["lm_loss"] for entry in entries),
+    )
+
+
+def _peaks(entries: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
+    by_stage = zip(*(entry[key] for entry in entries), strict=True)
+    return tuple(max(stage) / _MIB for stage in by_stage)
+
+
+def largest_loss_difference(
+    losses: Sequence[float | None], reference: Sequence[float | None]
+) -> float | None:
+    """Return the largest relative difference over the iterations that both have.
+
+    A loss that is not a number differs by infinity. None if there is nothing to compare.
+    """
+    differences = [
+        abs(loss - other) / abs(other) if math.isfinite(loss) and other else math.inf
+        for loss, other in zip(losses, reference, strict=False)
+        if loss is not None and other is not None and loss != other
+    ]
+    compared = any(a is not None and b is not None for a, b in zip(losses, reference, strict=False))
+    return max(differences, default=0.0) if compared else None
