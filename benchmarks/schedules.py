@@ -1,4 +1,4 @@
-"""Step time and activation memory of Megatron's 1F1B loop and of Seq1F1B, alternating, on one model.
+"""Step time and memory of Megatron's 1F1B loop and of Seq1F1B, alternating, on one model.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/schedules.py
 

@@ -12,7 +12,7 @@ from megatron.adaptor.batch import BatchCutter
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.positions import rotary_offset
 from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
-from seq1f1b.runtime import ExecutionContext
+from seq1f1b.runtime import Channel, ExecutionContext
 from seq1f1b.schedule import Kind
 
 _CORE = "megatron.core"
@@ -29,7 +29,7 @@ class Session:
         self.meter = metrics.StepMeter(self.context, device)
         self.settings: Settings | None = None
         self._args: argparse.Namespace | None = None
-        self._backward_group: Any = None
+        self._groups: dict[tuple[Any, bool], dict[Channel, Any]] = {}
 
     def patches(self) -> list[Patch]:
         """Return every replacement in Megatron-Core, with its reason."""
@@ -150,16 +150,15 @@ class Session:
     def _run_step(self, **kwargs: Any) -> list[Any]:
         from megatron.training.utils import print_rank_0
 
-        from megatron.adaptor.step import Step, describe, make_backward_group
+        from megatron.adaptor.step import Step, describe, make_channel_groups
 
         assert self.settings is not None
         step = Step(self.settings, self.context, self.cutter, **kwargs)
-        if self._backward_group is None:
-            self._backward_group = make_backward_group()
+        key = step.groups.pp, step.schedule.num_chunks > 1
+        if key not in self._groups:
+            self._groups[key] = make_channel_groups(key[0], interleaved=key[1])
             print_rank_0(f"> {describe(step.schedule)}; lengths {_lengths(step.parts)}")
-        return self.meter.measure(
-            kwargs["model"], lambda clock: step.run(self._backward_group, clock)
-        )
+        return self.meter.measure(kwargs["model"], lambda clock: step.run(self._groups[key], clock))
 
     def _training_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def training_log(*args: Any, **kwargs: Any) -> Any:

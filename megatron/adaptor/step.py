@@ -1,11 +1,10 @@
 """A training or evaluation step of Megatron, run by the executor of Seq1F1B."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -13,7 +12,16 @@ from torch import Tensor
 from megatron.adaptor.batch import BatchCutter, Replay
 from megatron.adaptor.loss import TokenExactLoss
 from megatron.adaptor.settings import Settings
-from seq1f1b.runtime import ActionClock, ExecutionContext, PointToPoint, execute
+from seq1f1b.runtime import (
+    ALL_CHANNELS,
+    ONE_CHUNK,
+    ActionClock,
+    Channel,
+    ExecutionContext,
+    PointToPoint,
+    connect,
+    execute,
+)
 from seq1f1b.schedule import Action, Schedule
 
 
@@ -68,13 +76,13 @@ class Step:
         self.loss = TokenExactLoss(cutter, per_token=self.config.calculate_per_token_loss)
         self.gradient_sync = _GradientSync(self)
 
-    def run(self, backward_group: Any, clock: ActionClock) -> list[Any]:
+    def run(self, groups: Mapping[Channel, Any], clock: ActionClock) -> list[Any]:
         """Run the step and return one report per micro-batch (on the last stage)."""
         embedding = self._begin()
         execute(
             self.schedule.stages[self.stage],
             self,
-            self._transport(backward_group),
+            self._transport(groups),
             self.context,
             [self.parts] * self.num_micro_batches,
             clock,
@@ -134,7 +142,7 @@ class Step:
 
         return forward_step
 
-    def _transport(self, backward_group: Any) -> PointToPoint:
+    def _transport(self, groups: Mapping[Channel, Any]) -> PointToPoint:
         tokens_per_rank = self.groups.tp.size() if self.config.sequence_parallel else 1
 
         def shape(action: Action) -> tuple[int, ...]:
@@ -145,8 +153,7 @@ class Step:
             self.schedule,
             self.stage,
             ranks=torch.distributed.get_process_group_ranks(self.groups.pp),
-            forward_group=self.groups.pp,
-            backward_group=backward_group,
+            groups=groups,
             shape=shape,
             dtype=self.config.pipeline_dtype or self.config.params_dtype,
             device=torch.cuda.current_device(),
@@ -241,17 +248,21 @@ class _GradientSync:
             self._open = None
 
 
-def make_backward_group() -> Any:
-    """Make a second process group over the ranks of this rank's pipeline; all ranks must call."""
-    own = torch.distributed.get_process_group_ranks(
-        parallel_state.get_pipeline_model_parallel_group()
-    )
+def make_channel_groups(pipeline: Any, *, interleaved: bool) -> dict[Channel, Any]:
+    """Make and connect a process group per channel of this rank's pipeline; all ranks must call.
+
+    ``pipeline``, Megatron's own group of the pipeline, serves the first channel.
+    """
+    own = torch.distributed.get_process_group_ranks(pipeline)
     pipelines: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(pipelines, own)
-    group, _ = torch.distributed.new_subgroups_by_enumeration(
-        sorted({tuple(ranks) for ranks in pipelines})
-    )
-    return group
+    each = sorted({tuple(ranks) for ranks in pipelines})
+    first, *others = ALL_CHANNELS if interleaved else ONE_CHUNK
+    groups = {first: pipeline}
+    for channel in others:
+        groups[channel], _ = torch.distributed.new_subgroups_by_enumeration(each)
+    connect(groups, pipeline.rank(), own, torch.cuda.current_device())
+    return groups
 
 
 def describe(schedule: Schedule) -> str:

@@ -4,16 +4,27 @@ from seq1f1b.runtime.clock import ActionClock, Timed
 from seq1f1b.runtime.context import ExecutionContext
 from seq1f1b.runtime.executor import ActionError, Computation, execute
 from seq1f1b.runtime.memory import ActivationMeter
-from seq1f1b.runtime.transport import PointToPoint, Transport
+from seq1f1b.runtime.transport import (
+    ALL_CHANNELS,
+    ONE_CHUNK,
+    Channel,
+    PointToPoint,
+    Transport,
+    connect,
+)
 
 __all__ = [
+    "ALL_CHANNELS",
+    "ONE_CHUNK",
     "ActionClock",
     "ActionError",
     "ActivationMeter",
+    "Channel",
     "Computation",
     "ExecutionContext",
     "PointToPoint",
     "Timed",
     "Transport",
+    "connect",
     "execute",
 ]

@@ -1,7 +1,7 @@
 """Moves tensors between neighbouring stages; shapes are known to both ends beforehand."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,26 @@ class Transport(Protocol):
         ...
 
 
-class PointToPoint:
-    """Sends and receives over torch.distributed, one process group per direction.
+class Channel(NamedTuple):
+    """One kind of traffic between two stages: activations or gradients, and which way it goes.
 
-    With a group each, forward and backward traffic between two ranks never wait for each other
-    (NCCL runs what shares a communicator in the order of issue; gloo tells them apart by tag).
+    Interleaved schedules send activations from the last stage back to the first, so with two
+    stages they go both ways between the same pair of ranks.
+    """
+
+    is_forward: bool
+    to_higher_stage: bool
+
+
+ONE_CHUNK = (Channel(True, True), Channel(False, False))
+ALL_CHANNELS = (*ONE_CHUNK, Channel(True, False), Channel(False, True))
+
+
+class PointToPoint:
+    """Sends and receives over torch.distributed, one process group per channel.
+
+    NCCL runs what two ranks exchange over one group in the order of issue, so traffic that shares a
+    group could wait for each other in a circle; gloo would tell it apart by tag alone.
 
     ranks: global rank of every stage. shape: the shape of the tensor that an action moves.
     """
@@ -49,8 +64,7 @@ class PointToPoint:
         stage: int,
         *,
         ranks: Sequence[int],
-        forward_group: dist.ProcessGroup,
-        backward_group: dist.ProcessGroup,
+        groups: Mapping[Channel, dist.ProcessGroup],
         shape: Callable[[Action], tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device | str,
@@ -58,7 +72,7 @@ class PointToPoint:
         self._schedule = schedule
         self._stage = stage
         self._ranks = ranks
-        self._groups = {True: forward_group, False: backward_group}
+        self._groups = groups
         self._shape = shape
         self._dtype = dtype
         self._device = device
@@ -89,8 +103,36 @@ class PointToPoint:
 
     def _route(self, action: Action) -> tuple[int, dist.ProcessGroup, int]:
         peer, _ = self._schedule.peer(self._stage, action)
-        is_forward = action.kind in (Kind.SEND_F, Kind.RECV_F)
-        return self._ranks[peer], self._groups[is_forward], int(is_forward)
+        channel = Channel(
+            is_forward=action.kind in (Kind.SEND_F, Kind.RECV_F),
+            to_higher_stage=(peer > self._stage) == action.kind.is_send,
+        )
+        return self._ranks[peer], self._groups[channel], ALL_CHANNELS.index(channel)
+
+
+def connect(
+    groups: Mapping[Channel, dist.ProcessGroup],
+    stage: int,
+    ranks: Sequence[int],
+    device: torch.device | str,
+) -> None:
+    """Exchange one number over every link, one link after the other; all stages must call.
+
+    NCCL connects two ranks when they first use a link, and both wait for each other there. In the
+    middle of a schedule, whose receives are announced early, that wait could close a circle.
+    """
+    number = torch.zeros(1, device=device)
+    for tag, channel in enumerate(ALL_CHANNELS):
+        if channel not in groups:
+            continue
+        for source in range(len(ranks)):
+            target = (source + (1 if channel.is_forward else -1)) % len(ranks)
+            if target == source or (target > source) != channel.to_higher_stage:
+                continue
+            if stage == source:
+                dist.send(number, ranks[target], group=groups[channel], tag=tag)
+            elif stage == target:
+                dist.recv(number, ranks[source], group=groups[channel], tag=tag)
 
 
 class _Arriving:

@@ -47,7 +47,7 @@ def test_replaces_methods(upstream):
 
 
 @pytest.mark.parametrize(
-    ("target", "parameters", "complaint"),
+    "target,parameters,complaint",
     [
         ("megatron.stand_in:slice", (), "megatron.stand_in:slice .* is not there"),
         ("megatron.stand_in:Layer.back", (), "is not there"),

@@ -1,6 +1,7 @@
 """Flags that cannot work end the program before any process group is made, all of them listed."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,11 @@ for argv in json.loads(sys.stdin.read()):
 print("ANSWERS" + json.dumps(answers))
 """
 
-_BASE = (
+_BASE = shlex.split(
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 "
     "--max-position-embeddings 128 --micro-batch-size 1 --global-batch-size 4 --train-iters 4 "
     "--attention-dropout 0 --pipeline-model-parallel-size 2"
-).split()
+)
 
 REFUSED = {
     "no splits": (
@@ -97,8 +98,10 @@ ACCEPTED = {
         [43, 43, 42],
     ),
     "aligned to tensor parallelism": (
-        "--seq1f1b-splits 3 --seq1f1b-balance-method average --tensor-model-parallel-size 2 "
-        "--sequence-parallel".split(),
+        shlex.split(
+            "--seq1f1b-splits 3 --seq1f1b-balance-method average "
+            "--tensor-model-parallel-size 2 --sequence-parallel"
+        ),
         3,
         [44, 42, 42],
     ),

@@ -134,5 +134,5 @@ def test_kernels_by_name():
     assert choose_kernel(*tensors, "reference").name == "reference"
     with pytest.raises(ValueError, match="no attention kernel 'warp'; there are torch-flash"):
         choose_kernel(*tensors, "warp")
-    with pytest.raises(ValueError, match="'torch-flash' cannot take torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"'torch-flash' cannot take torch\.float64 on cpu"):
         choose_kernel(*tensors, "torch-flash")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch.distributed as dist
 
-from seq1f1b.runtime import ActionClock, ExecutionContext, PointToPoint, execute
+from seq1f1b.runtime import ALL_CHANNELS, ActionClock, ExecutionContext, PointToPoint, execute
 from seq1f1b.schedule import Schedule, lower, one_f_one_b
 from seq1f1b.sequence import partition, sub_sequences
 from tests.tiny_model import (
@@ -37,8 +37,7 @@ def run_schedule(schedule: Schedule, method: str, length: int = LENGTH) -> tuple
         schedule,
         stage,
         ranks=range(schedule.num_stages),
-        forward_group=dist.group.WORLD,
-        backward_group=dist.group.WORLD,
+        groups=dict.fromkeys(ALL_CHANNELS, dist.group.WORLD),
         shape=lambda action: (lengths[action.sub_sequence], BATCH, HIDDEN),
         dtype=chunks[0].layers[0].out.weight.dtype,
         device="cpu",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,18 +13,20 @@ import pytest
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 SCRIPTS = Path(__file__).parent / "scripts"
-ARGUMENTS = (
+ARGUMENTS = shlex.split(
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
     "--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 3 --vocab-size 100 "
     "--train-iters 4 --eval-iters 1 --eval-interval 4 --lr 1e-3 --attention-dropout 0 "
     "--hidden-dropout 0 --log-interval 1 --position-embedding-type rope"
-).split()
+)
 
 
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        + ["--nproc-per-node", str(num_ranks), *map(str, arguments)],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(num_ranks), *map(str, arguments)),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
