@@ -518,7 +518,7 @@ def reasons(num_gpus: int = 0, **variables: str) -> dict[str, str]:
     "num_gpus,variables,reason",
     [
         (0, {"PP": "3"}, "3 layers and the output layer cannot be dealt to PP 3 x VPP 1 evenly"),
-        (0, {"TP": "3"}, "4 attention heads are not divisible by TP 3"),
+        (0, {"TP": "3"}, "2 attention heads are not divisible by TP 3"),
         (0, {"PP": "1", "VPP_SIZES": "2"}, "VPP 2 needs PP 2 or more"),
         (0, {"NNODES": "4", "MASTER_ADDR": "a"}, "2 processes cannot be dealt to 4 nodes evenly"),
         (8, {"PP": "3"}, "TP 1 x PP 3 does not divide 8 processes"),
