@@ -12,6 +12,7 @@ from megatron.adaptor.batch import BatchCutter
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.positions import rotary_offset
 from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
+from megatron.adaptor.tokenizer import gpt2_from_files
 from seq1f1b.runtime import Channel, ExecutionContext
 from seq1f1b.schedule import Kind
 
@@ -90,6 +91,13 @@ class Session:
                 ("max_seq_len", "offset"),
                 "rotary positions of a sub-sequence start at its offset",
                 rotary_offset(self.context),
+            ),
+            Patch(
+                f"{_CORE}.tokenizers.text.libraries.megatron_hf_tokenizer:"
+                "MegatronHFTokenizer.__init__",
+                ("tokenizer_path", "vocab_file", "merges_file"),
+                "reads GPT-2's two tokenizer files without asking the hub",
+                gpt2_from_files,
             ),
             Patch(
                 f"{_TRAINING}.training:train_step",
