@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/schedules.py
 
 Every rank is one pipeline stage, pinned to a core of its own and to one thread. All schedules run
-the same GPT on the same micro-batches in one process, in turn (A B C A B C ...), so that a change
+the same GPT on the same micro-batches in one process, in turn (A B C, B C A ...), so that a change
 in the machine's speed hits all of them; medians are compared. The report says what theory allows
 beside what was measured.
 """
@@ -39,6 +39,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron.adaptor.metrics import bubble_ratios
 from megatron.adaptor.settings import Settings
 from seq1f1b.sequence import TokenCost, imbalance
 from seq1f1b.simulate.formulas import bubble_ratio, live_micro_batches, speedup_over_1f1b
@@ -86,7 +87,7 @@ class Bench:
             hidden_size=options.hidden_size,
             num_attention_heads=options.heads,
             pipeline_model_parallel_size=dist.get_world_size(),
-            account_for_loss_in_pipeline_split=True,
+            account_for_loss_in_pipeline_split=options.count_output_layer,
             pipeline_dtype=torch.float32,
             deallocate_pipeline_outputs=True,
             attention_dropout=0.0,
@@ -117,6 +118,7 @@ class Bench:
             num_layers=options.layers,
             hidden_size=options.hidden_size,
             num_attention_heads=options.heads,
+            vocab_size=options.vocab_size,
         )
 
     def settings(self, contender: Contender) -> Settings:
@@ -150,7 +152,8 @@ class Bench:
         figures = [figure for figure, _ in gathered]
         return {
             "seconds": max(figure.seconds for figure in figures),
-            "bubble": [figure.bubble_ratio for figure in figures],
+            "bubble": bubble_ratios(figures),
+            "busy": [figure.busy_seconds for figure in figures],
             "peak_bytes": [figure.peak_activation_bytes for figure in figures],
             "carry_bytes": [figure.kv_carry_bytes for figure in figures],
             "loss": gathered[-1][1],
@@ -177,7 +180,8 @@ def measure(bench: Bench, num_micro_batches: int) -> list[dict[str, Any]]:
     field = contenders(bench.options.splits)
     runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in field}
     for round_number in range(bench.options.rounds + 1):
-        for contender in field:
+        first = round_number % len(field)
+        for contender in (*field[first:], *field[:first]):
             figures = bench.step(contender, num_micro_batches)
             if round_number:  # the first round warms caches and allocators up
                 runs[contender.name].append(figures)
@@ -206,6 +210,10 @@ def measure(bench: Bench, num_micro_batches: int) -> list[dict[str, Any]]:
                 statistics.median(column)
                 for column in zip(*(run["bubble"] for run in runs[contender.name]), strict=True)
             ],
+            "busy_seconds": [
+                statistics.median(column)
+                for column in zip(*(run["busy"] for run in runs[contender.name]), strict=True)
+            ],
             "bubble_in_theory": bubble_ratio(stages, 1, num_micro_batches, contender.num_splits),
             "peak_mib": [number / MIB for number in runs[contender.name][-1]["peak_bytes"]],
             "carry_mib": [number / MIB for number in runs[contender.name][-1]["carry_bytes"]],
@@ -219,21 +227,22 @@ def measure(bench: Bench, num_micro_batches: int) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Return the report."""
+    """Return the report, a table in Markdown."""
     lines = [
         f"{options.layers} layers, hidden {options.hidden_size}, {options.heads} heads, vocabulary "
         f"{options.vocab_size}, {options.length} tokens, float32, {dist.get_world_size()} stages, "
         f"one core each; torch {torch.__version__}; medians of {options.rounds} alternating "
         "rounds.",
         "",
-        "| m | schedule | s/step | speedup | theory | bubble by stage | theory | "
-        "activation MiB by stage | of which KV carry |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| m | schedule | s/step | speedup | theory | computing s by stage | bubble by stage | "
+        "theory | activation MiB by stage | of which KV carry |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['micro_batches']} | {row['schedule']} | {row['seconds_median']:.3f} | "
             f"{row['speedup']:.3f} | {row['speedup_in_theory']:.3f} | "
+            f"{_joined(row['busy_seconds'], '.3f')} | "
             f"{_joined(row['bubble'], '.3f')} | {row['bubble_in_theory']:.3f} | "
             f"{_joined(row['peak_mib'], '.1f')} | {_joined(row['carry_mib'], '.1f')} |"
         )
@@ -247,10 +256,15 @@ def _joined(numbers: list[float], form: str) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument(
+        "--count-output-layer",
+        action="store_true",
+        help="give the last stage one transformer layer less",
+    )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--splits", type=int, nargs="+", default=[4])

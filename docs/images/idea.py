@@ -9,6 +9,7 @@ from seq1f1b.timeline.figure import save_figure
 
 
 def timeline(schedule: Schedule, name: str) -> Timeline:
+    """Simulate with equal costs."""
     run = simulate(schedule, Costs.uniform(schedule))
     stages = zip(schedule.stages, run.starts, run.ends, strict=True)
     return Timeline(name, tuple(tuple(map(Span, *stage)) for stage in stages))

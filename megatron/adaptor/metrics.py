@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _WHOLE = {kind: Action(kind, 0, 0, 0) for kind in (Kind.F, Kind.B)}
 class IterationMetrics:
     """One iteration, as it is logged; lists have one entry per stage.
 
-    bubble_ratio: the stage's idle time over the length of its forward-backward pass.
+    bubble_ratio: the stage's idle time over the longest stage's forward-backward pass.
     peak_activation_bytes: see ActivationMeter; kv_carry_bytes is the part of the KV carry.
     """
 
@@ -46,12 +46,18 @@ class IterationMetrics:
 
 
 class StageFigures(NamedTuple):
-    """One stage's last forward-backward pass."""
+    """One stage's last forward-backward pass: how long it was and how much of it was computing."""
 
     seconds: float
-    bubble_ratio: float
+    busy_seconds: float
     peak_activation_bytes: int
     kv_carry_bytes: int
+
+
+def bubble_ratios(stages: Sequence[StageFigures]) -> list[float]:
+    """Return each stage's idle share of the step, which lasts as long as its longest stage."""
+    step = max(stage.seconds for stage in stages)
+    return [1 - stage.busy_seconds / step for stage in stages]
 
 
 class StepMeter:
@@ -92,9 +98,7 @@ class StepMeter:
             result = run(clock)
         timed, length = clock.finish()
         busy = sum(entry.end - entry.start for entry in timed)
-        self.last = StageFigures(
-            length, 1 - busy / length, self._activations.peak_bytes, carries.peak_bytes
-        )
+        self.last = StageFigures(length, busy, self._activations.peak_bytes, carries.peak_bytes)
         return result
 
     def timing(self, kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -134,7 +138,6 @@ class StepMeter:
         group = parallel_state.get_pipeline_model_parallel_group()
         stages: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(stages, self.last, group=group)
-        _, bubbles, peaks, carried = (list(column) for column in zip(*stages, strict=True))
         loss = self._losses.get("lm loss")
         return IterationMetrics(
             iteration=iteration,
@@ -143,9 +146,9 @@ class StepMeter:
             tokens_per_second=tokens / self._seconds,
             tflops_per_device=floating_point_operations
             / (self._seconds * 1e12 * torch.distributed.get_world_size()),
-            peak_activation_bytes=peaks,
-            kv_carry_bytes=carried,
-            bubble_ratio=bubbles,
+            peak_activation_bytes=[stage.peak_activation_bytes for stage in stages],
+            kv_carry_bytes=[stage.kv_carry_bytes for stage in stages],
+            bubble_ratio=bubble_ratios(stages),
         )
 
 

@@ -16,7 +16,8 @@ install()
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 vocab, merges, text = json.loads(sys.stdin.read())
-sys.argv = ["x", "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", vocab, "--merge-file", merges]
+files = ["--vocab-file", vocab, "--merge-file", merges]
+sys.argv = ["x", "--tokenizer-type", "GPT2BPETokenizer", *files]
 args = parse_args()
 tokenizer = build_tokenizer(args)
 print("ANSWER" + json.dumps([tokenizer.vocab_size, tokenizer.eod, tokenizer.tokenize(text)]))

@@ -86,8 +86,9 @@ def _figure(results: Sequence[Result], panel: Panel, title: str) -> Figure:
         handles.append(plt.Line2D([], [], color="black", linewidth=1.4, linestyle=(0, (2, 1))))
         labels.append("1F1B x speedup in theory")
     figure.suptitle(title, fontweight="bold")
-    entry_width = _INCHES_PER_LETTER * max(map(len, labels)) + 0.8
-    per_row = max(1, min(len(labels), int(figure.get_figwidth() / entry_width)))
+    widths = [_INCHES_PER_LETTER * len(label) + 0.7 for label in labels]
+    fits = sum(widths) < figure.get_figwidth()
+    per_row = len(labels) if fits else max(1, int(figure.get_figwidth() / max(widths)))
     figure.legend(handles, labels, loc="outside lower center", ncols=per_row)
     return figure
 

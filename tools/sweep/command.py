@@ -46,8 +46,6 @@ def training_arguments(
     """.split()
     arguments += ["--tokenizer-model", str(corpus.tokenizer), "--data-path", str(corpus.prefix)]
     arguments += ["--data-cache-path", str(corpus.cache)]
-    if run.model.counts_output_layer:
-        arguments += ["--account-for-loss-in-pipeline-split"]
     if run.num_chunks > 1:
         arguments += ["--num-virtual-stages-per-pipeline-rank", str(run.num_chunks)]
     if run.balance_method is not None:

@@ -131,11 +131,8 @@ def _no_stages(run: Run) -> str:
     if run.num_chunks > 1 and run.pp == 1:
         return f"VPP {run.num_chunks} needs PP 2 or more"
     parts = run.pp * run.num_chunks
-    if model.num_dealt_layers % parts:
-        layers = f"{model.num_layers} layers"
-        if model.counts_output_layer:
-            layers += " and the output layer"
-        return f"{layers} cannot be dealt to PP {run.pp} x VPP {run.num_chunks} evenly"
+    if model.num_layers % parts:
+        return f"{model.num_layers} layers cannot be dealt to PP {run.pp} x VPP {run.num_chunks} evenly"
     return ""
 
 

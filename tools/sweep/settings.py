@@ -11,8 +11,8 @@ from tools.sweep.variables import VARIABLES
 ROOT = Path(__file__).resolve().parents[2]
 _CPU_STAGES = 2
 _AUTHORS_STAGES = 8
-_CPU_MICRO_BATCHES_OF_A_RUN = 40
-_MIN_CPU_ITERATIONS = 10
+_CPU_ITERATIONS = 20
+_CPU_ITERATIONS_OF_LONG_STEPS = 8  # from 3 micro-batches on, so that all ends in minutes
 _GPU_ITERATIONS = 20
 
 
@@ -60,7 +60,7 @@ class Settings:
             return self.train_iters[0]
         if self.has_gpu:
             return _GPU_ITERATIONS
-        return max(_MIN_CPU_ITERATIONS, _CPU_MICRO_BATCHES_OF_A_RUN // num_micro_batches)
+        return _CPU_ITERATIONS if num_micro_batches < 3 else _CPU_ITERATIONS_OF_LONG_STEPS
 
 
 def read_settings(environ: Mapping[str, str], num_gpus: int) -> Settings:
@@ -112,7 +112,7 @@ def _contradictions(values: Mapping[str, Any], num_gpus: int) -> Iterator[str]:
             f"TRAIN_ITERS={' '.join(map(str, iterations))}: give one number, or "
             f"{len(micro_batches)} of them, one for each of MICRO_BATCHES"
         )
-    fewest = min(iterations, default=_GPU_ITERATIONS if num_gpus else _MIN_CPU_ITERATIONS)
+    fewest = min(iterations, default=_GPU_ITERATIONS if num_gpus else _CPU_ITERATIONS_OF_LONG_STEPS)
     if values.get("WARMUP_ITERS", 0) >= fewest:
         yield (
             f"WARMUP_ITERS={values['WARMUP_ITERS']}: must be below TRAIN_ITERS ({fewest}), or "
