@@ -283,6 +283,8 @@ def main() -> None:
         if options.output:
             options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
             options.output.with_suffix(".md").write_text(report)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from seq1f1b.runtime import ExecutionContext
 from seq1f1b.schedule import Action
 from seq1f1b.sequence import SubSequence, TokenCost
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 16, 4, 2, 8, 23, 4
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 16, 4, 2, 8, 23, 8
 COST = TokenCost.of_transformer(
     num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=KV_HEADS
 )

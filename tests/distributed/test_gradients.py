@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from seq1f1b.runtime import ALL_CHANNELS, ActionClock, ExecutionContext, PointToPoint, execute
-from seq1f1b.schedule import Schedule, lower, one_f_one_b
+from seq1f1b.schedule import Schedule, gpipe, interleaved, lower, one_f_one_b
 from seq1f1b.sequence import partition, sub_sequences
 from tests.tiny_model import (
     COST,
@@ -71,6 +71,26 @@ def run_grid(num_stages: int, method: str) -> list[tuple[tuple[int, int], float,
 def test_gradients_equal_single_process_autograd(workers, num_stages, method):
     for results in workers(num_stages).run(run_grid, num_stages, method):
         assert len(results) == 20
+        for case, gradient_error, loss_error in results:
+            assert gradient_error < 1e-10, case
+            assert loss_error < 1e-10, case
+
+
+def run_interleaved(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
+    return [
+        ((m, s), *run_schedule(interleaved(num_stages, 2, m, s), "uniform_comp"))
+        for m, s in itertools.product((2, 3, 4, 8), (1, 2, 3, 4))
+    ]
+
+
+def run_gpipe(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
+    return [((3, s), *run_schedule(gpipe(num_stages, 3, s), "average")) for s in (1, 4)]
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("run", [run_interleaved, run_gpipe])
+def test_gradients_of_other_schedules(workers, num_stages, run):
+    for results in workers(num_stages).run(run, num_stages):
         for case, gradient_error, loss_error in results:
             assert gradient_error < 1e-10, case
             assert loss_error < 1e-10, case

@@ -132,7 +132,8 @@ def _no_stages(run: Run) -> str:
         return f"VPP {run.num_chunks} needs PP 2 or more"
     parts = run.pp * run.num_chunks
     if model.num_layers % parts:
-        return f"{model.num_layers} layers cannot be dealt to PP {run.pp} x VPP {run.num_chunks} evenly"
+        stages = f"PP {run.pp} x VPP {run.num_chunks}"
+        return f"{model.num_layers} layers cannot be dealt to {stages} evenly"
     return ""
 
 
