@@ -417,7 +417,7 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
 @pytest.mark.parametrize(
     "name,value,message",
     [
-        ("MODEL_SIZES", "tiny 8b", "'8b' is not one of tiny, 1.3b, 2.7b, 7b, 13b, 30b"),
+        ("MODEL_SIZES", "tiny 8b", "'8b' is not one of tiny, tiny-deep, 1.3b, 2.7b, 7b, 13b, 30b"),
         ("SEQ_LENGTHS", "4k", "'4k' is not a whole number from 1 up"),
         ("MICRO_BATCHES", "0", "'0' is not a whole number from 1 up"),
         ("SPLITS", "-1", "'-1' is not a whole number from 1 up"),
