@@ -14,7 +14,6 @@ so torch's own device-agnostic code goes on treating the machine as one without 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import multiprocessing
@@ -33,16 +32,11 @@ import torch
 import torch.utils._device as torch_device
 import torch.utils.data
 
-from megatron.adaptor import cpu_gloo
+from megatron.adaptor import cpu_gloo, cpu_memory
 
 logger = logging.getLogger(__name__)
 
 MESSAGE = "no CUDA device: training on CPU over gloo"
-
-# Parameters of mallopt(3).
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_NEVER = 2**31 - 1
-_TOP_PAD_BYTES = 2**26
 
 _installed = False
 
@@ -80,7 +74,7 @@ def install() -> None:
         )
     _hide_gpu_packages()
     _quieten()
-    _keep_freed_memory()
+    cpu_memory.keep_freed_memory()
     cpu_gloo.prefer_loopback()
     for redirect in redirects():
         for name, value in redirect.values.items():
@@ -324,20 +318,6 @@ def _hide_gpu_packages() -> None:
     """Make packages whose kernels need a GPU look absent, so that Megatron does without them."""
     for package in ("transformer_engine", "apex", "amp_C", "flash_attn", "flash_attn_3"):
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, as torch's allocator for CUDA does.
-
-    Otherwise large activations go back to the kernel and are faulted in again, page by page, in
-    every forward and backward.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # not glibc
-        return
-    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        libc.mallopt(parameter, _NEVER)
-    libc.mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
 
 
 def _quieten() -> None:

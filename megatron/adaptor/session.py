@@ -36,6 +36,13 @@ class Session:
         """Return every replacement in Megatron-Core, with its reason."""
         return [
             *fallbacks.patches(),
+            *self._command_line_patches(),
+            *self._step_patches(),
+            *self._layer_patches(),
+        ]
+
+    def _command_line_patches(self) -> list[Patch]:
+        return [
             Patch(
                 f"{_TRAINING}.arguments:add_megatron_arguments",
                 ("parser",),
@@ -48,6 +55,17 @@ class Session:
                 "checks the flags before any process group is made",
                 self._validate,
             ),
+            Patch(
+                f"{_CORE}.tokenizers.text.libraries.megatron_hf_tokenizer:"
+                "MegatronHFTokenizer.__init__",
+                ("tokenizer_path", "vocab_file", "merges_file"),
+                "reads GPT-2's two tokenizer files without asking the hub",
+                gpt2_from_files,
+            ),
+        ]
+
+    def _step_patches(self) -> list[Patch]:
+        return [
             Patch(
                 f"{_SCHEDULES}:get_forward_backward_func",
                 ("pp_size", "vp_size", "schedule_pg_collection"),
@@ -66,6 +84,22 @@ class Session:
                 "times the backwards of Megatron's own loops",
                 self.meter.timing(Kind.B),
             ),
+            Patch(
+                f"{_TRAINING}.training:train_step",
+                ("forward_step_func", "data_iterator", "model", "forward_backward_func"),
+                "times whole iterations",
+                self.meter.train_step,
+            ),
+            Patch(
+                f"{_TRAINING}.training:training_log",
+                ("loss_dict", "iteration"),
+                "logs tokens/s, TFLOP/s, activation memory and bubble ratio",
+                self._training_log,
+            ),
+        ]
+
+    def _layer_patches(self) -> list[Patch]:
+        return [
             Patch(
                 f"{_CORE}.utils:get_batch_on_this_cp_rank",
                 ("batch",),
@@ -91,25 +125,6 @@ class Session:
                 ("max_seq_len", "offset"),
                 "rotary positions of a sub-sequence start at its offset",
                 rotary_offset(self.context),
-            ),
-            Patch(
-                f"{_CORE}.tokenizers.text.libraries.megatron_hf_tokenizer:"
-                "MegatronHFTokenizer.__init__",
-                ("tokenizer_path", "vocab_file", "merges_file"),
-                "reads GPT-2's two tokenizer files without asking the hub",
-                gpt2_from_files,
-            ),
-            Patch(
-                f"{_TRAINING}.training:train_step",
-                ("forward_step_func", "data_iterator", "model", "forward_backward_func"),
-                "times whole iterations",
-                self.meter.train_step,
-            ),
-            Patch(
-                f"{_TRAINING}.training:training_log",
-                ("loss_dict", "iteration"),
-                "logs tokens/s, TFLOP/s, activation memory and bubble ratio",
-                self._training_log,
             ),
         ]
 
