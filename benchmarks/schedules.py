@@ -11,8 +11,10 @@ beside what was measured.
 # ruff: noqa: E402
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -185,7 +187,9 @@ def measure(bench: Bench, num_micro_batches: int) -> list[dict[str, Any]]:
             figures = bench.step(contender, num_micro_batches)
             if round_number:  # the first round warms caches and allocators up
                 runs[contender.name].append(figures)
-    baseline = runs[field[0].name]
+    median = {
+        name: statistics.median(run["seconds"] for run in done) for name, done in runs.items()
+    }
     stages = dist.get_world_size()
     return [
         {
@@ -198,11 +202,8 @@ def measure(bench: Bench, num_micro_batches: int) -> list[dict[str, Any]]:
             "imbalance": imbalance(
                 [p.length for p in bench.settings(contender).cut(bench.options.length)], bench.cost
             ),
-            "seconds_median": statistics.median(run["seconds"] for run in runs[contender.name]),
-            "speedup": statistics.median(
-                base["seconds"] / run["seconds"]
-                for base, run in zip(baseline, runs[contender.name], strict=True)
-            ),
+            "seconds_median": median[contender.name],
+            "speedup": median[field[0].name] / median[contender.name],
             "speedup_in_theory": speedup_over_1f1b(
                 stages, 1, num_micro_batches, contender.num_splits
             ),
@@ -232,7 +233,7 @@ def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"{options.layers} layers, hidden {options.hidden_size}, {options.heads} heads, vocabulary "
         f"{options.vocab_size}, {options.length} tokens, float32, {dist.get_world_size()} stages, "
         f"one core each; torch {torch.__version__}; medians of {options.rounds} alternating "
-        "rounds.",
+        f"rounds; {platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}.",
         "",
         "| m | schedule | s/step | speedup | theory | computing s by stage | bubble by stage | "
         "theory | activation MiB by stage | of which KV carry |",
