@@ -190,18 +190,20 @@ def measure(bench: Bench, num_micro_batches: int) -> list[dict[str, Any]]:
     median = {
         name: statistics.median(run["seconds"] for run in done) for name, done in runs.items()
     }
+    lengths = {
+        contender.name: [
+            part.length for part in bench.settings(contender).cut(bench.options.length)
+        ]
+        for contender in field
+    }
     stages = dist.get_world_size()
     return [
         {
             "schedule": contender.name,
             "micro_batches": num_micro_batches,
             "splits": contender.num_splits,
-            "lengths": [
-                part.length for part in bench.settings(contender).cut(bench.options.length)
-            ],
-            "imbalance": imbalance(
-                [p.length for p in bench.settings(contender).cut(bench.options.length)], bench.cost
-            ),
+            "lengths": lengths[contender.name],
+            "imbalance": imbalance(lengths[contender.name], bench.cost),
             "seconds_median": median[contender.name],
             "speedup": median[field[0].name] / median[contender.name],
             "speedup_in_theory": speedup_over_1f1b(

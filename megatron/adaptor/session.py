@@ -197,15 +197,19 @@ class Session:
         from megatron.training.training import num_floating_point_operations
 
         args = get_args()
+        prints = iteration % args.log_interval == 0
+        file = self.settings.metrics_file if self.settings else None
+        if not prints and file is None:
+            return
         batch_size = get_current_global_batch_size()
         operations = num_floating_point_operations(args, batch_size)
         entry = self.meter.iteration(iteration, operations, batch_size * args.seq_length)
         if entry is None or torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
-        if iteration % args.log_interval == 0:
+        if prints:
             print_rank_last(entry.log_line())
-        if self.settings and self.settings.metrics_file:
-            metrics.append_json(entry, self.settings.metrics_file)
+        if file is not None:
+            metrics.append_json(entry, file)
 
 
 def _lengths(parts: Any) -> str:
