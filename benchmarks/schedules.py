@@ -94,6 +94,7 @@ class Bench:
             deallocate_pipeline_outputs=True,
             attention_dropout=0.0,
             hidden_dropout=0.0,
+            gradient_accumulation_fusion=True,
         )
         model = GPTModel(
             config=config,

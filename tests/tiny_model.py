@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from seq1f1b.runtime import ExecutionContext
+from seq1f1b.runtime import DeferrableLinear, ExecutionContext
 from seq1f1b.schedule import Action
 from seq1f1b.sequence import SubSequence, TokenCost
 
@@ -14,19 +14,24 @@ COST = TokenCost.of_transformer(
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, context: ExecutionContext) -> None:
         super().__init__()
+        defer = context.weight_gradient
+        self.context = context
         self.norm = nn.LayerNorm(HIDDEN)
-        self.qkv = nn.Linear(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-        self.out = nn.Linear(HEADS * HEAD_DIM, HIDDEN)
+        self.qkv = DeferrableLinear(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM, defer)
+        self.out = DeferrableLinear(HEADS * HEAD_DIM, HIDDEN, defer)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 32), nn.GELU(), nn.Linear(32, HIDDEN)
+            nn.LayerNorm(HIDDEN),
+            DeferrableLinear(HIDDEN, 32, defer),
+            nn.GELU(),
+            DeferrableLinear(32, HIDDEN, defer),
         )
 
-    def forward(self, x: Tensor, context: ExecutionContext) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(self.norm(x)).unflatten(-1, (-1, HEAD_DIM))
         query, key, value = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
-        attended = context.attend(self, query, key, value, HEAD_DIM**-0.5)
+        attended = self.context.attend(self, query, key, value, HEAD_DIM**-0.5)
         x = x + self.out(attended.flatten(2))
         return x + self.mlp(x)
 
@@ -34,10 +39,13 @@ class Layer(nn.Module):
 class ModelPart(nn.Module):
     """Layers ``first`` to ``stop`` of the model; every part is made from the same seed."""
 
-    def __init__(self, part: int, num_parts: int, max_length: int) -> None:
+    def __init__(
+        self, part: int, num_parts: int, max_length: int, context: ExecutionContext
+    ) -> None:
         super().__init__()
         torch.manual_seed(1)
-        layers = [Layer() for _ in range(LAYERS)]
+        self.context = context
+        layers = [Layer(context) for _ in range(LAYERS)]
         per_part = LAYERS // num_parts
         self.layers = nn.ModuleList(layers[part * per_part : (part + 1) * per_part])
         embedding, positions = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(max_length, HIDDEN)
@@ -49,15 +57,13 @@ class ModelPart(nn.Module):
             self.head = head
         self.double()
 
-    def forward(
-        self, x: Tensor | None, tokens: Tensor, labels: Tensor, context: ExecutionContext
-    ) -> Tensor:
+    def forward(self, x: Tensor | None, tokens: Tensor, labels: Tensor) -> Tensor:
         """Return hidden states, or on the last part the summed loss of ``labels`` ``[n, b]``."""
         if self.is_first:
-            places = torch.arange(tokens.shape[0])[:, None] + context.offset
+            places = torch.arange(tokens.shape[0])[:, None] + self.context.offset
             x = self.embedding(tokens) + self.positions(places)
         for layer in self.layers:
-            x = layer(x, context)
+            x = layer(x)
         if self.is_last:
             logits = self.head(x)
             return nn.functional.cross_entropy(
@@ -89,7 +95,7 @@ class TinyComputation:
     def forward(self, action: Action, received: Tensor | None) -> Tensor:
         part = self.parts[action.micro_batch][action.sub_sequence]
         tokens, labels = (x[part.start : part.stop] for x in self.data[action.micro_batch])
-        output = self.chunks[action.chunk](received, tokens, labels, self.context)
+        output = self.chunks[action.chunk](received, tokens, labels)
         if self.chunks[action.chunk].is_last:
             output = output / (self.data[action.micro_batch][1].numel() * len(self.data))
             self.losses[action] = output.item()
@@ -101,6 +107,9 @@ class TinyComputation:
         torch.autograd.backward(output, gradient)
         return None if received is None else received.grad
 
+    def weight_gradients(self, action: Action) -> None:
+        self.context.weight_gradients.compute(action)
+
     def output_sent(self, output: Tensor) -> None:
         pass
 
@@ -108,13 +117,13 @@ class TinyComputation:
 def reference(num_parts: int, data: list[tuple[Tensor, Tensor]]) -> tuple[float, list[ModelPart]]:
     """Plain autograd on whole micro-batches in one process: the loss and parts with gradients."""
     length = data[0][0].shape[0]
-    parts = [ModelPart(part, num_parts, length) for part in range(num_parts)]
     context = ExecutionContext("reference")
+    parts = [ModelPart(part, num_parts, length, context) for part in range(num_parts)]
     total = 0.0
     for tokens, labels in data:
         x = None
         for part in parts:
-            x = part(x, tokens, labels, context)
+            x = part(x, tokens, labels)
         loss = x / (labels.numel() * len(data))
         loss.backward()
         total += loss.item()

@@ -41,7 +41,6 @@ class Need:
 DEFAULTS = (
     Default("transformer_impl", "local", "transformer_engine"),
     Default("apply_rope_fusion", False, "transformer_engine"),
-    Default("gradient_accumulation_fusion", False, "fused_weight_gradient_mlp_cuda"),
     Default("masked_softmax_fusion", False, "scaled_upper_triang_masked_softmax_cuda"),
     Default("no_persist_layer_norm", True, "apex"),
 )

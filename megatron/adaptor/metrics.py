@@ -66,7 +66,9 @@ class StepMeter:
     def __init__(self, context: ExecutionContext, device: str) -> None:
         self._context = context
         self._device = device
-        self._activations = ActivationMeter(context.carries, device=device)
+        self._activations = ActivationMeter(
+            context.carries, context.weight_gradients, device=device
+        )
         self._clock: ActionClock | None = None
         self.last: StageFigures | None = None
         self._seconds = 0.0

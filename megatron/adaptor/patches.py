@@ -36,12 +36,16 @@ class Patch:
             owner, name = self._owner()
             function = getattr(owner, name)
         except (ImportError, AttributeError) as error:
-            raise UnsupportedMegatronError(self._complaint(f"is not there ({error})")) from None
+            raise UnsupportedMegatronError(
+                complaint(self.target, self.reason, f"is not there ({error})")
+            ) from None
         known = inspect.signature(function).parameters
         missing = [name for name in self.parameters if name not in known]
         if missing:
             raise UnsupportedMegatronError(
-                self._complaint(f"has no parameter {', '.join(missing)} any more")
+                complaint(
+                    self.target, self.reason, f"has no parameter {', '.join(missing)} any more"
+                )
             )
         return function
 
@@ -63,11 +67,43 @@ class Patch:
             owner = getattr(owner, parent)
         return owner, name
 
-    def _complaint(self, what: str) -> str:
-        return (
-            f"{self.target} of Megatron-Core {installed_version()} {what}; Seq1F1B needs it, as "
-            f"it {self.reason}. Supported versions: megatron-core{SUPPORTED_VERSIONS}"
-        )
+
+@dataclass(frozen=True)
+class Attribute:
+    """A value, not a function, that is set in a module of Megatron's.
+
+    target: ``module:name``. may_be_missing: whether the module has the name only where some
+    package is installed.
+    """
+
+    target: str
+    value: Any
+    reason: str
+    may_be_missing: bool = False
+
+    def original(self) -> Any:
+        """Return the upstream value; raises UnsupportedMegatronError if there is none."""
+        module_name, name = self.target.split(":")
+        try:
+            module = importlib.import_module(module_name)
+            return getattr(module, name, None) if self.may_be_missing else getattr(module, name)
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedMegatronError(
+                complaint(self.target, self.reason, f"is not there ({error})")
+            ) from None
+
+    def apply(self) -> None:
+        """Set the value."""
+        module_name, name = self.target.split(":")
+        setattr(importlib.import_module(module_name), name, self.value)
+
+
+def complaint(target: str, reason: str, what: str) -> str:
+    """Say that something of Megatron's is not as it was, why that matters and what to install."""
+    return (
+        f"{target} of Megatron-Core {installed_version()} {what}; Seq1F1B needs it, as "
+        f"it {reason}. Supported versions: megatron-core{SUPPORTED_VERSIONS}"
+    )
 
 
 def installed_version() -> str:
@@ -88,7 +124,7 @@ def check_version() -> None:
         )
 
 
-def apply_all(patches: Sequence[Patch]) -> None:
+def apply_all(patches: Sequence[Patch | Attribute]) -> None:
     """Check every patch, then apply them all, so that a mismatch leaves Megatron untouched."""
     check_version()
     for patch in patches:

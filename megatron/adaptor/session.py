@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from megatron.adaptor import fallbacks, metrics
+from megatron.adaptor import fallbacks, metrics, weight_gradients
 from megatron.adaptor.attention import local_attention, transformer_engine_attention
 from megatron.adaptor.batch import BatchCutter
-from megatron.adaptor.patches import Patch
+from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.positions import rotary_offset
 from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
 from megatron.adaptor.tokenizer import gpt2_from_files
@@ -32,13 +32,14 @@ class Session:
         self._args: argparse.Namespace | None = None
         self._groups: dict[tuple[Any, bool], dict[Channel, Any]] = {}
 
-    def patches(self) -> list[Patch]:
+    def patches(self) -> list[Patch | Attribute]:
         """Return every replacement in Megatron-Core, with its reason."""
         return [
             *fallbacks.patches(),
             *self._command_line_patches(),
             *self._step_patches(),
             *self._layer_patches(),
+            *weight_gradients.patches(self.context),
         ]
 
     def _command_line_patches(self) -> list[Patch]:

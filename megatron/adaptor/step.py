@@ -22,7 +22,7 @@ from seq1f1b.runtime import (
     connect,
     execute,
 )
-from seq1f1b.schedule import Action, Schedule
+from seq1f1b.schedule import Action, Kind, Schedule
 
 
 class Step:
@@ -131,6 +131,11 @@ class Step:
         with self.gradient_sync.around(action):
             return schedules.backward_step(received, output, gradient, self.config)
 
+    def weight_gradients(self, action: Action) -> None:
+        """See Computation."""
+        self.context.weight_gradients.compute(action)
+        self.gradient_sync.after_weight_gradients(action)
+
     def output_sent(self, output: Tensor) -> None:
         """See Computation."""
         schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
@@ -191,16 +196,19 @@ class Step:
 
 
 class _GradientSync:
-    """Lets data-parallel reduction start with the last backward of each model chunk.
+    """Lets data-parallel reduction start with the action that closes a model chunk's gradients.
 
-    Until then Megatron's ``no_sync`` contexts are open. With ``grad_sync_func`` set (aligned
-    reduction) Megatron wants to start it itself, after the last backward.
+    That is its last B or W; until then Megatron's ``no_sync`` contexts are open. With
+    ``grad_sync_func`` set (aligned reduction) Megatron wants to start it itself, after them all.
     """
 
     def __init__(self, step: Step) -> None:
         self._step = step
         self._open: contextlib.ExitStack | None = None
         self._synced: set[int] = set()
+        own = step.schedule.stages[step.stage]
+        last = {a.chunk: a for a in own if a.kind in (Kind.B, Kind.W)}
+        self._closing = frozenset(last.values())
 
     def begin(self) -> None:
         self._disable()
@@ -211,10 +219,8 @@ class _GradientSync:
 
     @contextlib.contextmanager
     def around(self, action: Action) -> Iterator[None]:
-        is_last = (
-            action.sub_sequence == 0 and action.micro_batch == self._step.num_micro_batches - 1
-        )
-        if not is_last or self._step.config.grad_sync_func is not None:
+        """Let Megatron's hooks start the reduction if ``action`` is a B that closes a chunk."""
+        if action not in self._closing or self._step.config.grad_sync_func is not None:
             yield
             return
         self._enable()
@@ -222,6 +228,17 @@ class _GradientSync:
         yield
         if len(self._synced) < len(self._step.chunks):
             self._disable()
+
+    def after_weight_gradients(self, action: Action) -> None:
+        """Do what Megatron's hooks do if ``action`` is a W that closes a chunk.
+
+        The hooks ran in the last I, when the gradients were not complete.
+        """
+        chunk = self._step.chunks[action.chunk]
+        with self.around(action):
+            if action in self._closing and chunk.ddp_config.overlap_grad_reduce:
+                for parameter, bucket_group in chunk.param_to_bucket_group.items():
+                    bucket_group.register_grad_ready(parameter, chunk.force_all_reduce)
 
     def finish(self) -> None:
         self._enable()

@@ -12,6 +12,7 @@ from seq1f1b.runtime.transport import (
     Transport,
     connect,
 )
+from seq1f1b.runtime.weight_gradients import DeferrableLinear, WeightGradients
 
 __all__ = [
     "ALL_CHANNELS",
@@ -21,10 +22,12 @@ __all__ = [
     "ActivationMeter",
     "Channel",
     "Computation",
+    "DeferrableLinear",
     "ExecutionContext",
     "PointToPoint",
     "Timed",
     "Transport",
+    "WeightGradients",
     "connect",
     "execute",
 ]

@@ -6,15 +6,17 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from seq1f1b.attention import CarryPool, causal_attention, choose_kernel
-from seq1f1b.schedule import Action
+from seq1f1b.runtime.weight_gradients import Accumulate, WeightGradients
+from seq1f1b.schedule import Action, Kind
 from seq1f1b.sequence import SubSequence
 
 
 class ExecutionContext:
-    """Holds the running action, its sub-sequence and the KV carries of one rank."""
+    """Holds one rank's running action, its KV carries and its waiting weight gradients."""
 
     def __init__(self, kernel: str | None = None) -> None:
         self.carries = CarryPool()
+        self.weight_gradients = WeightGradients()
         self.action: Action | None = None
         self.part: SubSequence | None = None
         self.use_kernel(kernel)
@@ -53,6 +55,15 @@ class ExecutionContext:
         return causal_attention(
             query, key, value, kernel=kernel, scale=scale, carry=carry, part=self.part
         )
+
+    @property
+    def defers_weight_gradients(self) -> bool:
+        """Whether the running action is the input-gradient half of a backward."""
+        return self.action is not None and self.action.kind is Kind.I
+
+    def weight_gradient(self, accumulate: Accumulate, inputs: Tensor, gradient: Tensor) -> None:
+        """Call ``accumulate(inputs, gradient)``, while an I runs not before its W."""
+        self.weight_gradients.add(self.action, accumulate, inputs, gradient)
 
     def release_carry(self, action: Action) -> None:
         """Give back what was carried through the micro-batch of ``action``."""

@@ -31,8 +31,13 @@ class Computation(Protocol):
     ) -> Tensor | None:
         """Add to the parameters' gradients and return the gradient of ``received``.
 
-        ``gradient`` is that of ``output``, None on the last model part.
+        ``gradient`` is that of ``output``, None on the last model part. When ``action`` is an I,
+        what went through ``ExecutionContext.weight_gradient`` is left for ``weight_gradients``.
         """
+        ...
+
+    def weight_gradients(self, action: Action) -> None:
+        """Add the weight gradients that the I of ``action`` left."""
         ...
 
     def output_sent(self, output: Tensor) -> None:
@@ -83,7 +88,7 @@ class _Run:
         self.context = context
         self.parts = parts
         self.clock = clock
-        self.trains = any(action.kind is Kind.B for action in actions)
+        self.trains = any(action.kind in (Kind.B, Kind.I) for action in actions)
         self.sends = {action for action in actions if action.kind.is_send}
         self.arriving: dict[Action, Pending] = {}
         self.alive: dict[Action, tuple[Tensor | None, Tensor]] = {}
@@ -91,6 +96,8 @@ class _Run:
         self.handlers = {
             Kind.F: self.forward,
             Kind.B: self.backward,
+            Kind.I: self.backward,
+            Kind.W: self.weight_gradients,
             Kind.SEND_F: self.send_forward,
             Kind.SEND_B: self.send_backward,
             Kind.RECV_F: self.receive,
@@ -125,6 +132,11 @@ class _Run:
         if action.sub_sequence == 0:
             self.context.release_carry(action)
 
+    def weight_gradients(self, action: Action) -> None:
+        self.clock.begin()
+        self.computation.weight_gradients(action)
+        self.clock.end(action)
+
     def receive(self, action: Action) -> None:
         self.arriving[action] = self.transport.receive(action)
 
@@ -149,3 +161,4 @@ class _Run:
             left = getattr(self, name)
             assert not left, f"{name} after the step: {', '.join(map(str, left))}"
         self.context.carries.check_whole()
+        self.context.weight_gradients.check_empty()

@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention import CarryPool
+from seq1f1b.runtime.weight_gradients import WeightGradients
 
 
 class ActivationMeter:
-    """Peak bytes of activations over a step: what autograd saved, and the KV carry.
+    """Peak bytes of activations over a step: what autograd saved, the KV carry, deferred work.
 
     On the CPU every storage that the graph holds is counted once, from the moment it is saved to
     the moment it is freed; ``constants`` (parameters and buffers) do not count. On CUDA it is the
     allocator's peak above what was allocated when the step began.
     """
 
-    def __init__(self, carries: CarryPool, *, device: str = "cpu") -> None:
+    def __init__(
+        self, carries: CarryPool, weight_gradients: WeightGradients, *, device: str = "cpu"
+    ) -> None:
         self._carries = carries
+        self._weight_gradients = weight_gradients
         self._on_cuda = device == "cuda"
         self._holders: dict[int, int] = {}
         self._constants: frozenset[int] = frozenset()
@@ -38,11 +42,12 @@ class ActivationMeter:
             return
         self._constants = frozenset(_address(constant) for constant in constants)
         self._carries.on_take = self._update_peak
+        self._weight_gradients.on_defer = self._update_peak
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 yield
         finally:
-            self._carries.on_take = None
+            self._carries.on_take = self._weight_gradients.on_defer = None
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Saved":
         address = _address(tensor)
@@ -62,7 +67,8 @@ class ActivationMeter:
             self.live_bytes -= num_bytes
 
     def _update_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + self._carries.bytes_in_use)
+        elsewhere = self._carries.bytes_in_use + self._weight_gradients.bytes_in_use
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + elsewhere)
 
 
 class _Saved:

@@ -101,6 +101,7 @@ def _config(case: Case, num_stages: int, num_chunks: int) -> Any:
         calculate_per_token_loss=case.per_token,
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        gradient_accumulation_fusion=True,
         use_cpu_initialization=True,
         recompute_granularity="full" if case.recompute else None,
         recompute_method="uniform" if case.recompute else None,

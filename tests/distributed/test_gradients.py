@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from seq1f1b.runtime import ALL_CHANNELS, ActionClock, ExecutionContext, PointToPoint, execute
-from seq1f1b.schedule import Schedule, gpipe, interleaved, lower, one_f_one_b
+from seq1f1b.schedule import Kind, Schedule, gpipe, interleaved, lower, one_f_one_b
 from seq1f1b.sequence import partition, sub_sequences
 from tests.tiny_model import (
     COST,
@@ -30,8 +30,8 @@ def run_schedule(schedule: Schedule, method: str, length: int = LENGTH) -> tuple
     parts = [sub_sequences(lengths)] * len(data)
     num_parts = schedule.num_stages * schedule.num_chunks
     indices = range(stage, num_parts, schedule.num_stages)
-    chunks = [ModelPart(index, num_parts, length) for index in indices]
     context = ExecutionContext()
+    chunks = [ModelPart(index, num_parts, length, context) for index in indices]
     computation = TinyComputation(chunks, data, parts, context)
     transport = PointToPoint(
         schedule,
@@ -87,8 +87,32 @@ def run_gpipe(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
     return [((3, s), *run_schedule(gpipe(num_stages, 3, s), "average")) for s in (1, 4)]
 
 
+def split_backwards(schedule: Schedule, delay: int) -> Schedule:
+    """Return the schedule with every B as an I, its W ``delay`` computations later."""
+    stages = []
+    for actions in schedule.stages:
+        waiting: list = []
+        out: list = []
+        for action in actions:
+            is_backward = action.kind is Kind.B
+            out.append(action.of_kind(Kind.I) if is_backward else action)
+            if is_backward:
+                waiting.append(action.of_kind(Kind.W))
+            if len(waiting) > delay:
+                out.append(waiting.pop(0))
+        stages.append((*out, *waiting))
+    return schedule.with_stages(tuple(stages), lowered=False)
+
+
+def run_split(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
+    return [
+        ((m, s, d), *run_schedule(split_backwards(one_f_one_b(num_stages, m, s), d), "average"))
+        for m, s, d in itertools.product((1, 3), (1, 4), (0, 3))
+    ]
+
+
 @pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("run", [run_interleaved, run_gpipe])
+@pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_split])
 def test_gradients_of_other_schedules(workers, num_stages, run):
     for results in workers(num_stages).run(run, num_stages):
         for case, gradient_error, loss_error in results:

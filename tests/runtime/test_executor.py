@@ -28,7 +28,7 @@ def run(schedule, *, fail_at=None, forget=None):
     data = micro_batches(schedule.num_micro_batches, sum(LENGTHS))
     parts = [sub_sequences(LENGTHS)] * len(data)
     context = ExecutionContext()
-    computation = TinyComputation([ModelPart(0, 1, sum(LENGTHS))], data, parts, context)
+    computation = TinyComputation([ModelPart(0, 1, sum(LENGTHS), context)], data, parts, context)
     clock = ActionClock()
     if fail_at:
         method = "forward" if fail_at.kind is Kind.F else "backward"
@@ -70,7 +70,7 @@ def test_one_split_carries_nothing():
     data = micro_batches(1, 12)
     parts = [sub_sequences((12,))]
     context = ExecutionContext()
-    computation = TinyComputation([ModelPart(0, 1, 12)], data, parts, context)
+    computation = TinyComputation([ModelPart(0, 1, 12, context)], data, parts, context)
     actions = lower(one_f_one_b(1, 1)).stages[0]
     execute(actions, computation, NoLink(), context, parts, ActionClock(), stage=0)
     assert context.carries.bytes_held == 0

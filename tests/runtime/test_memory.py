@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from seq1f1b.attention import CarryPool
-from seq1f1b.runtime import ActivationMeter
+from seq1f1b.runtime import ActivationMeter, WeightGradients
 
 MIB = 2**20
 
@@ -16,7 +16,7 @@ MIB = 2**20
 def test_each_storage_counts_once_and_parameters_do_not():
     layer = nn.Linear(256, 256)
     x = torch.randn(1024, 256, requires_grad=True)  # 1 MiB
-    meter = ActivationMeter(CarryPool())
+    meter = ActivationMeter(CarryPool(), WeightGradients())
     with meter.measuring(layer.parameters()):
         y = layer(x)  # saves x
         z = (y * x).exp()  # saves y and x, and the result
@@ -30,7 +30,7 @@ def test_each_storage_counts_once_and_parameters_do_not():
 
 def test_the_carry_counts_too():
     pool = CarryPool()
-    meter = ActivationMeter(pool)
+    meter = ActivationMeter(pool, WeightGradients())
     with meter.measuring([]):
         buffer = pool.take((MIB,), torch.uint8, torch.device("cpu"))
         x = torch.randn(MIB // 4, requires_grad=True)
@@ -46,7 +46,7 @@ _RESIDENT = """
 import gc, os, resource, torch
 from torch import nn
 from seq1f1b.attention import CarryPool
-from seq1f1b.runtime import ActivationMeter
+from seq1f1b.runtime import ActivationMeter, WeightGradients
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -56,7 +56,7 @@ torch.set_num_threads(1)
 model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(24)))
 x = torch.randn(8192, 512)
 model(x[:1]).sum().backward()
-meter = ActivationMeter(CarryPool())
+meter = ActivationMeter(CarryPool(), WeightGradients())
 gc.collect()
 before = resident()
 with meter.measuring([*model.parameters(), x]):
