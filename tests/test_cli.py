@@ -43,14 +43,31 @@ def test_compare_agrees_with_the_formulas():
     rows = json.loads(
         run("compare", "--stages", "8", "--microbatches", "8", "--splits", "4", "--json")
     )
-    by_name = {row["schedule"]: row for row in rows}
-    assert list(by_name) == [
-        "gpipe",
-        "1f1b",
-        "1f1b-interleaved",
-        "seq1f1b",
-        "seq1f1b-interleaved",
+    assert [(row["schedule"], row["splits"], row["chunks"]) for row in rows] == [
+        ("gpipe", 1, 1),
+        ("1f1b", 1, 1),
+        ("1f1b-interleaved", 1, 2),
+        ("zb-h1", 1, 1),
+        ("greedy", 1, 1),
+        ("greedy", 1, 2),
+        ("seq1f1b", 4, 1),
+        ("seq1f1b-interleaved", 4, 2),
+        ("seq1f1b-zb-h1", 4, 1),
+        ("greedy", 4, 1),
+        ("greedy", 4, 2),
     ]
+    by_name = {row["schedule"]: row for row in rows}
+    for name, s in (("zb-h1", 1), ("seq1f1b-zb-h1", 4)):
+        row = by_name[name]
+        assert row["step_time"] == pytest.approx(24 + formulas.zb_h1_bubble(8, s))
+        assert row["bubble_ratio"] == pytest.approx(formulas.zb_h1_bubble_ratio(8, 8, s))
+        assert row["bubble_ratio_in_theory"] == pytest.approx(row["bubble_ratio"])
+        assert row["peak_live"] == [8 + s - 1] * 8
+    for row in (row for row in rows if row["schedule"] == "greedy"):
+        assert row["bubble_ratio_in_theory"] is None
+        # only the wait for the first forward is left
+        parts = row["chunks"] * row["splits"]
+        assert row["step_time"] == pytest.approx(24 + 7 / parts)
     shapes = {"gpipe": (1, 1), "1f1b": (1, 1), "1f1b-interleaved": (2, 1), "seq1f1b": (1, 4)}
     shapes["seq1f1b-interleaved"] = (2, 4)
     for name, (v, s) in shapes.items():
@@ -70,7 +87,12 @@ def test_compare_agrees_with_the_formulas():
 def test_compare_takes_several_numbers_of_splits():
     rows = json.loads(run("compare", *SHAPE, "--splits", "1,2,8", "--chunks", "1", "--json"))
     shapes = [(row["schedule"], row["splits"]) for row in rows]
-    assert shapes == [("gpipe", 1), ("1f1b", 1), ("seq1f1b", 2), ("seq1f1b", 8)]
+    assert shapes == [
+        ("gpipe", 1),
+        *((name, 1) for name in ("1f1b", "zb-h1", "greedy")),
+        *((name, 2) for name in ("seq1f1b", "seq1f1b-zb-h1", "greedy")),
+        *((name, 8) for name in ("seq1f1b", "seq1f1b-zb-h1", "greedy")),
+    ]
 
 
 def test_compare_prints_a_table_that_fits_a_terminal():
@@ -83,15 +105,57 @@ def test_compare_prints_a_table_that_fits_a_terminal():
 
 def test_compare_on_one_stage_leaves_interleaving_out():
     rows = json.loads(run("compare", "--stages", "1", "--microbatches", "2", "--json"))
-    assert [row["schedule"] for row in rows] == ["gpipe", "1f1b", "seq1f1b"]
+    whole, parts = ["gpipe", "1f1b", "zb-h1", "greedy"], ["seq1f1b", "seq1f1b-zb-h1", "greedy"]
+    assert [row["schedule"] for row in rows] == whole + parts
     assert all(row["bubble_ratio"] == pytest.approx(0.0) for row in rows)
 
 
 def test_compare_from_a_trace_sums_the_measured_parts(trace):
     rows = {row["schedule"]: row for row in json.loads(run("compare", "--trace", trace, "--json"))}
-    assert list(rows) == ["gpipe", "1f1b", "seq1f1b"]
+    assert list(rows) == ["gpipe", "1f1b", "zb-h1", "greedy", "seq1f1b", "seq1f1b-zb-h1"]
     assert rows["seq1f1b"]["step_time"] == pytest.approx(formulas.step_time(2, 1, 3, 2))
     assert rows["1f1b"]["step_time"] == pytest.approx(formulas.step_time(2, 1, 3, 1))
+    # the halves of a backward that ran whole count half of it each
+    bubble = formulas.zb_h1_bubble(2, 2)
+    assert rows["seq1f1b-zb-h1"]["step_time"] == pytest.approx(9 + bubble)
+    assert rows["greedy"]["step_time"] <= rows["seq1f1b-zb-h1"]["step_time"] + 1e-9
+
+
+def test_compare_takes_a_cap_for_the_greedy_schedule():
+    arguments = ["compare", *SHAPE, "--splits", "4", "--chunks", "1", "--json"]
+    tight, roomy = (
+        next(
+            row
+            for row in json.loads(run(*arguments, *MODEL, "--max-live", cap))
+            if row["schedule"] == "greedy" and row["splits"] == 4
+        )
+        for cap in ("5", "12")
+    )
+    assert max(tight["peak_live"]) <= 5
+    assert max(roomy["peak_live"]) <= 12
+    assert roomy["step_time"] < tight["step_time"]
+
+
+def test_no_theory_is_given_where_the_formula_does_not_apply():
+    arguments = ["simulate", "--stages", "4", "--microbatches", "3", "--schedule", "zb-h1"]
+    assert json.loads(run(*arguments, "--json"))["bubble_ratio_in_theory"] is None
+    assert "equal actions" not in run(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name, splits, step",
+    [("zb-h1", "1", 27.0), ("seq1f1b-zb-h1", "2", 25.5), ("greedy", "2", 25.5)],
+)
+def test_every_schedule_can_be_simulated_and_drawn(name, splits, step, tmp_path):
+    arguments = [*SHAPE, "--splits", splits, "--schedule", name]
+    figures = json.loads(run("simulate", *arguments, "--json"))
+    assert figures["schedule"] == name
+    assert figures["step_time"] == pytest.approx(step)
+    assert f"{name}: step {step:g}, bubble ratio" in run("timeline", *arguments)
+    for ending, text in (("svg", "weight gradient"), ("html", '"W"'), ("json", '"0W7.0"')):
+        path = tmp_path / f"plan.{ending}"
+        run("timeline", *arguments, "--output", str(path))
+        assert text in path.read_text()
 
 
 def test_simulate_with_equal_costs():
@@ -202,6 +266,30 @@ def test_timeline_prints_text_without_an_output(trace):
         (
             ["simulate", *SHAPE, "--group", "4"],
             "'--group': 1f1b takes no turns; only interleaved schedules do",
+        ),
+        (
+            ["simulate", *SHAPE, "--max-live", "4"],
+            "'--max-live': 1f1b holds what it holds; only greedy takes a cap",
+        ),
+        (
+            ["compare", *SHAPE, "--splits", "4", "--max-live", "3"],
+            "'--max-live': a cap of 3 sub-sequences does not hold one micro-batch",
+        ),
+        (
+            ["simulate", *SHAPE, "--schedule", "zb-h1", "--splits", "2"],
+            "'--splits': zb-h1 has 1 sub-sequence, not 2",
+        ),
+        (
+            ["simulate", *SHAPE, "--schedule", "seq1f1b-zb-h1"],
+            "'--splits': seq1f1b-zb-h1 needs at least 2 sub-sequences",
+        ),
+        (
+            ["simulate", *SHAPE, "--schedule", "zb-h1", "--chunks", "2"],
+            "'--chunks': zb-h1 has 1 model chunk a stage, not 2",
+        ),
+        (
+            ["timeline", *SHAPE[2:], "--stages", "1", "--schedule", "greedy", "--chunks", "2"],
+            "'--stages': greedy needs at least 2 stages",
         ),
         (
             ["simulate", *SHAPE, "--chunks", "2", "--group", "3"],

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from seq1f1b.schedule import Schedule, gpipe, interleaved, one_f_one_b
+from seq1f1b.schedule import Schedule, gpipe, interleaved, one_f_one_b, zb_h1
 
 
 class ScheduleName(StrEnum):
@@ -11,18 +11,37 @@ class ScheduleName(StrEnum):
     GPIPE = "gpipe"
     PLAIN = "1f1b"
     INTERLEAVED = "1f1b-interleaved"
+    ZERO_BUBBLE = "zb-h1"
     SEQ = "seq1f1b"
     SEQ_INTERLEAVED = "seq1f1b-interleaved"
+    SEQ_ZERO_BUBBLE = "seq1f1b-zb-h1"
+    GREEDY = "greedy"
 
     @property
     def has_chunks(self) -> bool:
-        """Whether it deals several model chunks to a stage."""
+        """Whether it always deals several model chunks to a stage."""
         return self in (ScheduleName.INTERLEAVED, ScheduleName.SEQ_INTERLEAVED)
 
     @property
     def has_splits(self) -> bool:
-        """Whether it cuts micro-batches into sub-sequences."""
-        return self in (ScheduleName.SEQ, ScheduleName.SEQ_INTERLEAVED)
+        """Whether it always cuts micro-batches into sub-sequences."""
+        return self in (
+            ScheduleName.SEQ,
+            ScheduleName.SEQ_INTERLEAVED,
+            ScheduleName.SEQ_ZERO_BUBBLE,
+        )
+
+    @property
+    def is_zero_bubble(self) -> bool:
+        """Whether it is ZB-H1, on whole micro-batches or sub-sequences."""
+        return self in (ScheduleName.ZERO_BUBBLE, ScheduleName.SEQ_ZERO_BUBBLE)
+
+    def allows(self, num_chunks: int, num_splits: int) -> bool:
+        """Whether it comes with so many model chunks a stage and sub-sequences a micro-batch."""
+        if self is ScheduleName.GREEDY:
+            return True
+        splits_fit = self is ScheduleName.GPIPE or self.has_splits == (num_splits > 1)
+        return splits_fit and self.has_chunks == (num_chunks > 1)
 
 
 def by_shape(num_chunks: int, num_splits: int) -> ScheduleName:
@@ -40,9 +59,11 @@ def make(
     num_splits: int,
     group: int | None = None,
 ) -> Schedule:
-    """Generate a schedule; raises ValueError for a shape that it does not have."""
+    """Generate a schedule in closed form; raises ValueError for a shape that it does not have."""
     if name is ScheduleName.GPIPE:
         return gpipe(num_stages, num_micro_batches, num_splits)
     if name.has_chunks:
         return interleaved(num_stages, num_chunks, num_micro_batches, num_splits, group)
+    if name.is_zero_bubble:
+        return zb_h1(num_stages, num_micro_batches, num_splits)
     return one_f_one_b(num_stages, num_micro_batches, num_splits)

@@ -29,6 +29,7 @@ def compare(
     microbatches: options.MicroBatches = None,
     splits: SplitsList = None,
     group: options.Group = None,
+    max_live: options.MaxLive = None,
     seq_length: options.SeqLength = None,
     hidden_size: options.HiddenSize = None,
     layers: options.Layers = None,
@@ -47,7 +48,8 @@ def compare(
 ) -> None:
     """Compare all schedules of a shape: step time, bubble ratio, and what each stage holds.
 
-    Interleaved schedules have --chunks model chunks a stage, 2 unless given.
+    Interleaved schedules have --chunks model chunks a stage, 2 unless given. The greedy schedule
+    is searched for every shape, in the memory that 1F1B takes there or in --max-live.
 
     peak_live counts sub-sequences of the row's own split, on one model chunk each, between their
     forward and backward: divided by chunks and splits, it is in whole micro-batches.
@@ -72,10 +74,12 @@ def compare(
     if chunks is None and not isinstance(source, TraceCosts):
         chunks = 2
     shape = make_shape(source, stages, chunks, microbatches, None)
-    rows = [
-        report.figures(source, run(source, each.generate(name, group if name.has_chunks else None)))
-        for name, each in _candidates(shape, counts)
-    ]
+    rows = []
+    for name, each in _candidates(shape, counts):
+        turns = group if name.has_chunks else None
+        cap = max_live if name is ScheduleName.GREEDY else None
+        schedule = each.generate(source, name, turns, cap)
+        rows.append(report.figures(source, run(source, schedule)))
     if as_json:
         report.write_json(rows)
     else:
@@ -94,15 +98,12 @@ def _split_counts(text: str | None, source: Source) -> list[int]:
 def _candidates(shape: Shape, split_counts: list[int]) -> list[tuple[ScheduleName, Shape]]:
     """Return every schedule that the shape allows, whole micro-batches first."""
     chunk_counts = [1] + [shape.chunks] * (shape.chunks > 1 and shape.stages > 1)
-    whole = [ScheduleName.GPIPE, ScheduleName.PLAIN, ScheduleName.INTERLEAVED]
-    parts = [ScheduleName.SEQ, ScheduleName.SEQ_INTERLEAVED]
-    names = [(name, 1) for name in whole]
-    names += [(name, splits) for splits in split_counts if splits > 1 for name in parts]
     return [
         (name, Shape(shape.stages, chunks, shape.micro_batches, splits))
-        for name, splits in names
+        for splits in [1, *(splits for splits in split_counts if splits > 1)]
+        for name in ScheduleName
         for chunks in chunk_counts
-        if name.has_chunks == (chunks > 1)
+        if name.allows(chunks, splits) and (name is not ScheduleName.GPIPE or splits == 1)
     ]
 
 
@@ -113,6 +114,7 @@ def _print(source: Source, rows: list[dict[str, Any]]) -> None:
     for title in ("splits", "chunks", "step", "vs 1f1b", "bubble", "theory", "memory"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
+        theory = row["bubble_ratio_in_theory"]
         held = [report.memory_text(source, peak) for peak in row["peak_memory"]]
         table.add_row(
             row["schedule"],
@@ -121,7 +123,7 @@ def _print(source: Source, rows: list[dict[str, Any]]) -> None:
             report.time_text(source, row["step_time"]),
             f"{plain['step_time'] / row['step_time']:.3f}x",
             f"{row['bubble_ratio']:.1%}",
-            f"{row['bubble_ratio_in_theory']:.1%}",
+            "-" if theory is None else f"{theory:.1%}",
             f"{held[0]}..{held[-1]}",
         )
     console = Console(highlight=False)

@@ -58,6 +58,16 @@ Group = Annotated[
         rich_help_panel=_PIPELINE,
     ),
 ]
+MaxLive = Annotated[
+    int | None,
+    typer.Option(
+        "--max-live",
+        min=1,
+        help="greedy: sub-sequences (on one model chunk each) that a stage may hold from their "
+        "forward to the end of their backward. [default: as the first stage under 1F1B]",
+        rich_help_panel=_PIPELINE,
+    ),
+]
 SeqLength = Annotated[
     int | None,
     typer.Option("--seq-length", min=1, help="Tokens of a sequence.", rich_help_panel=_MODEL),

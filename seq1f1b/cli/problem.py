@@ -7,7 +7,7 @@ from seq1f1b.cli.catalogue import ScheduleName, by_shape, make
 from seq1f1b.cli.options import BalanceName, flag_error
 from seq1f1b.cli.source import EqualCosts, ModelCosts, Source, TraceCosts
 from seq1f1b.schedule import Schedule
-from seq1f1b.simulate import CostError, Simulation, memory_over_time, simulate
+from seq1f1b.simulate import CostError, Simulation, greedy, memory_over_time, simulate
 from seq1f1b.timeline import Span, Timeline
 
 
@@ -20,24 +20,45 @@ class Shape:
     micro_batches: int
     splits: int
 
-    def generate(self, name: ScheduleName, group: int | None) -> Schedule:
+    def generate(
+        self, source: Source, name: ScheduleName, group: int | None, max_live: int | None
+    ) -> Schedule:
         """Make the schedule, with a message that names the flag where it has no such shape."""
-        if not name.has_chunks and self.chunks > 1:
-            raise flag_error("--chunks", f"{name} has 1 model chunk a stage, not {self.chunks}")
-        if name.has_chunks and self.chunks == 1:
-            raise flag_error("--chunks", f"{name} needs at least 2 model chunks a stage")
-        if name.has_chunks and self.stages == 1:
-            raise flag_error("--stages", f"{name} needs at least 2 stages")
-        if name is not ScheduleName.GPIPE and not name.has_splits and self.splits > 1:
-            raise flag_error("--splits", f"{name} has 1 sub-sequence, not {self.splits}")
-        if name.has_splits and self.splits == 1:
-            raise flag_error("--splits", f"{name} needs at least 2 sub-sequences")
+        if name is not ScheduleName.GREEDY:
+            self._check(name)
         if group is not None and not name.has_chunks:
             raise flag_error("--group", f"{name} takes no turns; only interleaved schedules do")
+        if max_live is not None and name is not ScheduleName.GREEDY:
+            raise flag_error("--max-live", f"{name} holds what it holds; only greedy takes a cap")
+        if self.chunks > 1 and self.stages == 1:
+            raise flag_error("--stages", f"{name} needs at least 2 stages")
+        if name is ScheduleName.GREEDY:
+            return self._greedy(source, max_live)
         try:
             return make(name, self.stages, self.chunks, self.micro_batches, self.splits, group)
         except ValueError as error:
             raise flag_error("--group", str(error)) from None
+
+    def _check(self, name: ScheduleName) -> None:
+        if not name.has_chunks and self.chunks > 1:
+            raise flag_error("--chunks", f"{name} has 1 model chunk a stage, not {self.chunks}")
+        if name.has_chunks and self.chunks == 1:
+            raise flag_error("--chunks", f"{name} needs at least 2 model chunks a stage")
+        if name is not ScheduleName.GPIPE and not name.has_splits and self.splits > 1:
+            raise flag_error("--splits", f"{name} has 1 sub-sequence, not {self.splits}")
+        if name.has_splits and self.splits == 1:
+            raise flag_error("--splits", f"{name} needs at least 2 sub-sequences")
+
+    def _greedy(self, source: Source, max_live: int | None) -> Schedule:
+        sizes = self.stages, self.chunks, self.micro_batches, self.splits
+        like = make(by_shape(self.chunks, self.splits), *sizes)
+        costs, link = source.costs(like), source.link(like)
+        try:
+            return greedy(*sizes, costs, link, max_live=max_live)
+        except CostError as error:
+            raise flag_error("--trace", str(error)) from None
+        except ValueError as error:
+            raise flag_error("--max-live", str(error)) from None
 
 
 def make_source(
@@ -123,14 +144,18 @@ def make_shape(
 
 
 def make_schedule(
-    source: Source, shape: Shape, name: ScheduleName | None, group: int | None
+    source: Source,
+    shape: Shape,
+    name: ScheduleName | None,
+    group: int | None,
+    max_live: int | None,
 ) -> Schedule:
     """Generate what is named, or what the shape asks for; from a trace its own order of actions."""
-    if isinstance(source, TraceCosts) and name is None and group is None:
+    if isinstance(source, TraceCosts) and not (name or group or max_live):
         own = source.schedule
         if shape == Shape(own.num_stages, own.num_chunks, own.num_micro_batches, own.num_splits):
             return own
-    return shape.generate(name or by_shape(shape.chunks, shape.splits), group)
+    return shape.generate(source, name or by_shape(shape.chunks, shape.splits), group, max_live)
 
 
 def run(source: Source, schedule: Schedule) -> Simulation:

@@ -5,7 +5,9 @@ from typing import Any
 
 from rich.console import Console
 
+from seq1f1b.cli.catalogue import ScheduleName
 from seq1f1b.cli.source import Source
+from seq1f1b.schedule import Kind, Schedule
 from seq1f1b.simulate import Simulation, formulas, peak_memory
 
 
@@ -21,17 +23,31 @@ def figures(source: Source, result: Simulation) -> dict[str, Any]:
         "step_time": result.step_time,
         "time_unit": "s" if source.seconds else "forward of a stage on one micro-batch",
         "bubble_ratio": result.bubble_ratio,
-        "bubble_ratio_in_theory": formulas.bubble_ratio(
-            schedule.num_stages,
-            schedule.num_chunks,
-            schedule.num_micro_batches,
-            schedule.num_splits,
-        ),
+        "bubble_ratio_in_theory": _in_theory(source, schedule),
         "idle": list(result.idle),
         "peak_live": list(result.peak_live),
         "peak_memory": list(peak_memory(result, source.memory(schedule))),
         "memory_unit": source.memory_unit,
     }
+
+
+def _in_theory(source: Source, schedule: Schedule) -> float | None:
+    """Return the formula's bubble ratio for equal actions; None if the schedule has no formula."""
+    sizes = schedule.num_micro_batches, schedule.num_splits
+    if schedule.name == ScheduleName.GREEDY:
+        return None
+    if schedule.name in (ScheduleName.ZERO_BUBBLE, ScheduleName.SEQ_ZERO_BUBBLE):
+        if not formulas.zb_h1_applies(schedule.num_stages, *sizes):
+            return None
+        costs = source.costs(schedule)
+        return formulas.zb_h1_bubble_ratio(
+            schedule.num_stages,
+            *sizes,
+            forward=costs.total(Kind.F),
+            input_gradient=costs.total(Kind.I),
+            weight_gradient=costs.total(Kind.W),
+        )
+    return formulas.bubble_ratio(schedule.num_stages, schedule.num_chunks, *sizes)
 
 
 def write_json(value: Any) -> None:

@@ -17,6 +17,7 @@ def simulate(
     splits: options.Splits = None,
     schedule: options.ScheduleOption = None,
     group: options.Group = None,
+    max_live: options.MaxLive = None,
     seq_length: options.SeqLength = None,
     hidden_size: options.HiddenSize = None,
     layers: options.Layers = None,
@@ -51,7 +52,7 @@ def simulate(
         bandwidth=bandwidth,
     )
     shape = make_shape(source, stages, chunks, microbatches, splits)
-    result = run(source, make_schedule(source, shape, schedule, group))
+    result = run(source, make_schedule(source, shape, schedule, group, max_live))
     if as_json:
         figures = report.figures(source, result)
         if isinstance(source, TraceCosts):
@@ -64,6 +65,8 @@ def simulate(
 
 def _print(source: Source, result: Simulation) -> None:
     figures = report.figures(source, result)
+    theory = figures["bubble_ratio_in_theory"]
+    equal = "" if theory is None else f" (equal actions: {theory:.2%})"
     console = Console(highlight=False)
     console.print(
         f"[bold]{figures['schedule']}[/]  {figures['stages']} stages, {figures['chunks']} "
@@ -72,7 +75,7 @@ def _print(source: Source, result: Simulation) -> None:
     )
     console.print(
         f"step {report.time_text(source, result.step_time)}, bubble ratio "
-        f"{result.bubble_ratio:.2%} (equal actions: {figures['bubble_ratio_in_theory']:.2%})"
+        f"{result.bubble_ratio:.2%}{equal}"
     )
     if isinstance(source, TraceCosts):
         console.print(

@@ -185,7 +185,7 @@ class TraceCosts:
             raise flag_error("--chunks", f"{self.path} has {own.num_chunks}")
         if schedule.num_splits not in (1, own.num_splits):
             raise flag_error("--splits", f"{self.path} has {own.num_splits}")
-        measured = Costs.measured(self.timeline.stages)
+        measured = Costs.measured(self.timeline.stages).completed()
         return measured.merged(schedule.num_chunks, schedule.num_splits)
 
     def link(self, schedule: Schedule) -> Link:

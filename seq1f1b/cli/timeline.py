@@ -41,6 +41,7 @@ def timeline(
     splits: options.Splits = None,
     schedule: options.ScheduleOption = None,
     group: options.Group = None,
+    max_live: options.MaxLive = None,
     output: Output = None,
     width: Width = None,
     seq_length: options.SeqLength = None,
@@ -78,7 +79,7 @@ def timeline(
         bandwidth=bandwidth,
     )
     shape = make_shape(source, stages, chunks, microbatches, splits)
-    result = run(source, make_schedule(source, shape, schedule, group))
+    result = run(source, make_schedule(source, shape, schedule, group, max_live))
     timelines = [as_timeline(source, result)]
     if isinstance(source, TraceCosts):
         timelines.insert(0, source.timeline)

@@ -1,7 +1,7 @@
 """Who computes what, when: pipeline schedules as data."""
 
 from seq1f1b.schedule.action import Action, Kind
-from seq1f1b.schedule.generators import forward_only, gpipe, interleaved, one_f_one_b
+from seq1f1b.schedule.generators import forward_only, gpipe, interleaved, one_f_one_b, zb_h1
 from seq1f1b.schedule.lower import lower
 from seq1f1b.schedule.plan import Schedule
 from seq1f1b.schedule.validate import ScheduleError, peak_live, validate
@@ -18,4 +18,5 @@ __all__ = [
     "one_f_one_b",
     "peak_live",
     "validate",
+    "zb_h1",
 ]

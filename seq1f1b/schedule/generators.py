@@ -5,7 +5,8 @@ the keys and values of those before it; backwards go from the last to the first,
 keys and values collect gradients from the sub-sequences behind them.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from seq1f1b.schedule.action import Action, Kind
@@ -69,6 +70,37 @@ def interleaved(
         return _alternate(forwards, backwards, last_warmup + 2 * (num_stages - stage - 1))
 
     return _build(name, num_stages, num_chunks, num_micro_batches, num_splits, actions)
+
+
+def zb_h1(
+    num_stages: int,
+    num_micro_batches: int,
+    num_splits: int = 1,
+    max_deferred: int | None = None,
+) -> Schedule:
+    """Zero Bubble's ZB-H1 (arXiv 2401.10241, section 2.3), or Seq1F1B ZB-H1 on sub-sequences.
+
+    Forwards and backwards go in (Seq)1F1B's order, but a backward is split: I hands the input
+    gradient on at once, and W, the weight gradient, waits until i more I have run on stage i. That
+    fills the last waits of the step, and it is as many sub-sequences as stage i holds fewer than
+    the first under (Seq)1F1B: every stage peaks at the first one's p + s - 1. At most
+    ``max_deferred`` weight gradients wait at once, for less memory and more idle time.
+
+    Idle time is (p - 1)(F + I - W) / s where F = I = W and there are at least p + s - 1
+    sub-sequences. The first stage defers nothing and hands no gradient on: its backwards stay
+    whole.
+    """
+    if max_deferred is not None and max_deferred < 0:
+        raise ValueError(f"{max_deferred} deferred weight gradients: it must be 0 or more")
+    name = "zb-h1" if num_splits == 1 else "seq1f1b-zb-h1"
+    plain = one_f_one_b(num_stages, num_micro_batches, num_splits)
+
+    def actions(stage: int) -> tuple[Action, ...]:
+        num_deferred = stage if max_deferred is None else min(stage, max_deferred)
+        whole = plain.stages[stage]
+        return tuple(_split_backwards(whole, num_deferred)) if stage else whole
+
+    return _build(name, num_stages, 1, num_micro_batches, num_splits, actions)
 
 
 def gpipe(num_stages: int, num_micro_batches: int, num_splits: int = 1) -> Schedule:
@@ -149,6 +181,20 @@ def _alternate(
     ]
     cooldown = backwards[len(forwards) - num_warmup :]
     return (*forwards[:num_warmup], *steady, *cooldown)
+
+
+def _split_backwards(actions: Sequence[Action], num_deferred: int) -> Iterator[Action]:
+    """Replace each B by its I and, when ``num_deferred`` more I have run, its W."""
+    waiting: deque[Action] = deque()
+    for action in actions:
+        if action.kind is not Kind.B:
+            yield action
+            continue
+        yield action.of_kind(Kind.I)
+        waiting.append(action.of_kind(Kind.W))
+        if len(waiting) > num_deferred:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _build(

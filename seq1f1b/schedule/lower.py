@@ -1,6 +1,7 @@
 """Add sends and receives to a schedule of computations."""
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from seq1f1b.schedule.action import Action, Kind
@@ -50,7 +51,7 @@ def _receives(
     """Return the receives to announce before each computation, in the order of their arrival."""
     actions = schedule.stages[stage]
     free_from = [0, *(finish[event(stage, action)] for action in actions)]
-    announced: list[list[tuple[int, Action]]] = [[] for _ in free_from]
+    links: dict[tuple[int, Kind], list[tuple[int, int, Action]]] = defaultdict(list)
     for step, action in enumerate(actions):
         receive = _receive(schedule, stage, action)
         if receive is None:
@@ -58,7 +59,14 @@ def _receives(
         source, sent = schedule.peer(stage, receive)
         arrival = finish[source, sent.of_kind(Kind.F if action.kind is Kind.F else Kind.B)]
         slot = min(max(step - 1, 0), bisect_right(free_from, arrival) - 1)
-        announced[slot].append((arrival, receive))
+        links[source, sent.kind].append((arrival, slot, receive))
+    announced: list[list[tuple[int, Action]]] = [[] for _ in free_from]
+    for transfers in links.values():
+        # what is used before an earlier arrival of its link must not be announced before it
+        latest = len(actions)
+        for arrival, slot, receive in sorted(transfers, reverse=True):
+            latest = min(latest, slot)
+            announced[latest].append((arrival, receive))
     in_order = (sorted(slot, key=lambda entry: entry[0]) for slot in announced)
     return [[receive for _, receive in slot] for slot in in_order]
 

@@ -1,7 +1,7 @@
 """Prove that a schedule is complete, respects every dependency and cannot deadlock."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.edges import Event, dependencies, event
@@ -12,15 +12,16 @@ class ScheduleError(ValueError):
     """A schedule that would compute something wrong, run out of memory or never end."""
 
 
-def validate(schedule: Schedule, *, max_live: int | None = None) -> None:
+def validate(schedule: Schedule, *, max_live: int | Sequence[int] | None = None) -> None:
     """Raise ScheduleError unless ``schedule`` can run to its end, even if every send blocks.
 
     Checks that each stage computes each sub-sequence exactly once forward and, if it trains,
     backward; that sends and receives pair up in the same order at both ends of each link; that
     the stages, run in their own orders, never wait for each other in a circle (this covers the
     order of sub-sequences inside a stage, which carry keys, values and their gradients); and, with
-    ``max_live``, that no stage holds more sub-sequences than that between forward and backward.
-    The message names the stage, the step, the action and what it waits for.
+    ``max_live`` (of all stages, or of each), that no stage holds more sub-sequences than that
+    between forward and backward. The message names the stage, the step, the action and what it
+    waits for.
     """
     for stage, actions in enumerate(schedule.stages):
         _check_complete(schedule, stage, actions)
@@ -28,12 +29,8 @@ def validate(schedule: Schedule, *, max_live: int | None = None) -> None:
         _check_pairs(schedule)
     _run(schedule)
     if max_live is not None:
-        for stage, live in enumerate(peak_live(schedule)):
-            if live > max_live:
-                raise ScheduleError(
-                    f"{schedule.name}: stage {stage} holds {live} sub-sequences at once; "
-                    f"at most {max_live} are allowed"
-                )
+        limits = [max_live] * schedule.num_stages if isinstance(max_live, int) else max_live
+        _check_live(schedule, limits)
 
 
 def peak_live(schedule: Schedule) -> tuple[int, ...]:
@@ -41,20 +38,28 @@ def peak_live(schedule: Schedule) -> tuple[int, ...]:
 
     An activation lives from its F to the end of its B, or of its W where the backward is split.
     """
-    return tuple(_peak_live(actions) for actions in schedule.stages)
+    return tuple(max(_live(actions), default=0) for actions in schedule.stages)
 
 
-def _peak_live(actions: Iterable[Action]) -> int:
-    actions = tuple(actions)
-    split = {action[1:] for action in actions if action.kind is Kind.W}
-    live = peak = 0
+def _live(actions: Iterable[Action]) -> Iterator[int]:
+    """Yield how many activations a stage holds while each action runs."""
+    live = 0
     for action in actions:
         if action.kind is Kind.F:
             live += 1
-            peak = max(peak, live)
-        elif action.kind is Kind.W or (action.kind is Kind.B and action[1:] not in split):
+        yield live
+        if action.kind in (Kind.B, Kind.W):
             live -= 1
-    return peak
+
+
+def _check_live(schedule: Schedule, limits: Sequence[int]) -> None:
+    for stage, (actions, limit) in enumerate(zip(schedule.stages, limits, strict=True)):
+        for step, live in enumerate(_live(actions)):
+            if live > limit:
+                raise ScheduleError(
+                    f"{_at(schedule, stage, step)}: the stage holds {live} sub-sequences at once; "
+                    f"at most {limit} are allowed"
+                )
 
 
 def _check_complete(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> None:

@@ -1,6 +1,7 @@
 """What a schedule costs before it runs."""
 
 from seq1f1b.simulate.costs import CostError, Costs, Link, Measured
+from seq1f1b.simulate.greedy import greedy
 from seq1f1b.simulate.memory import Memory, memory_over_time, peak_memory
 from seq1f1b.simulate.simulator import Simulation, simulate
 
@@ -11,6 +12,7 @@ __all__ = [
     "Measured",
     "Memory",
     "Simulation",
+    "greedy",
     "memory_over_time",
     "peak_memory",
     "simulate",

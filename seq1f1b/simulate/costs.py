@@ -93,6 +93,15 @@ class Costs:
         """Take the mean over micro-batches of what each stage measured."""
         return cls(tuple(_means(entries) for entries in stages))
 
+    def completed(self) -> "Costs":
+        """Fill in what backwards cost that were not measured: B as I and W, either as half a B."""
+        return Costs(tuple(_completed(parts) for parts in self.stages))
+
+    def total(self, kind: Kind) -> float:
+        """Return what a micro-batch costs in actions of one kind, on a stage on average."""
+        seconds = [parts[part] for parts in self.stages for part in parts if part[0] is kind]
+        return math.fsum(seconds) / len(self.stages)
+
     def merged(self, num_chunks: int, num_splits: int) -> "Costs":
         """Return the costs of coarser actions: all chunks, all sub-sequences or both in one.
 
@@ -126,6 +135,19 @@ def _means(entries: Iterable[Measured]) -> Mapping[Part, float]:
             part = (action.kind, action.chunk, action.sub_sequence)
             seconds[part].append(entry.end - entry.start)
     return {part: math.fsum(values) / len(values) for part, values in seconds.items()}
+
+
+def _completed(parts: Mapping[Part, float]) -> Mapping[Part, float]:
+    filled = dict(parts)
+    for kind, chunk, j in parts:
+        if kind is Kind.B:
+            half = parts[kind, chunk, j] / 2
+            filled.setdefault((Kind.I, chunk, j), half)
+            filled.setdefault((Kind.W, chunk, j), half)
+        elif kind is Kind.W and (Kind.I, chunk, j) in parts:
+            both = parts[Kind.I, chunk, j] + parts[kind, chunk, j]
+            filled.setdefault((Kind.B, chunk, j), both)
+    return filled
 
 
 def _merged(parts: Mapping[Part, float], num_chunks: int, num_splits: int) -> Mapping[Part, float]:

@@ -43,11 +43,40 @@ def zb_h1_bubble(
     input_gradient: float = 1.0,
     weight_gradient: float = 1.0,
 ) -> float:
-    """Return how long a stage idles under (Seq1F1B) ZB-H1 (arXiv 2401.10241, section 2.3).
+    """Return how long a stage idles under (Seq1F1B) ZB-H1, where ``zb_h1_applies``.
 
-    (p - 1)(F + I - W) / s, of the times of a stage and micro-batch; never below 0.
+    (p - 1)(F + I - W) / s, of the times of a stage and micro-batch (arXiv 2401.10241, section 2.3).
+    That supposes that W is no longer than F and I; a longer one cannot shorten the wait of the last
+    stage for its first forward, (p - 1) F / s, nor the first stage's for its first gradient,
+    (p - 1) I / s.
     """
-    return (num_stages - 1) * max(0.0, forward + input_gradient - weight_gradient) / num_splits
+    wait = max(forward, input_gradient, forward + input_gradient - weight_gradient)
+    return (num_stages - 1) * wait / num_splits
+
+
+def zb_h1_applies(num_stages: int, num_micro_batches: int, num_splits: int) -> bool:
+    """Tell whether a step has the p + s - 1 sub-sequences that ZB-H1 fills its waits with."""
+    return num_micro_batches * num_splits >= num_stages + num_splits - 1
+
+
+def zb_h1_bubble_ratio(
+    num_stages: int,
+    num_micro_batches: int,
+    num_splits: int,
+    *,
+    forward: float = 1.0,
+    input_gradient: float = 1.0,
+    weight_gradient: float = 1.0,
+) -> float:
+    """Return the idle share of a stage's step under (Seq1F1B) ZB-H1."""
+    bubble = zb_h1_bubble(
+        num_stages,
+        num_splits,
+        forward=forward,
+        input_gradient=input_gradient,
+        weight_gradient=weight_gradient,
+    )
+    return bubble / (bubble + num_micro_batches * (forward + input_gradient + weight_gradient))
 
 
 def live_micro_batches(

@@ -76,14 +76,16 @@ class _Table:
     """The schedule in numbers.
 
     All micro-batches depend on each other in the same way, so what an action needs is looked up
-    once per *template* (stage, kind, chunk, sub-sequence). Template t of micro-batch k happens at
-    place t * num_micro_batches + k of flat lists of times.
+    once per *template* (stage, kind, chunk, sub-sequence). Template t of micro-batch k is noted at
+    place t * num_micro_batches + k of flat lists of times, except that I is noted as its B: who
+    waits for a gradient cannot tell which of the two made it.
     """
 
     def __init__(self, schedule: Schedule, costs: Costs, link: Link) -> None:
         self.schedule = schedule
         self.num_micro_batches = schedule.num_micro_batches
         self.places: dict[tuple[int, Action], int] = {}
+        self.noted: list[int] = []
         self.durations: list[float] = []
         self.local: list[tuple[int, ...]] = []
         self.remote: list[tuple[int, ...]] = []
@@ -110,11 +112,12 @@ class _Table:
 
     def template(self, stage: int, action: Action) -> int:
         """Return the number of a template, given as the action of micro-batch 0."""
-        return self.places.setdefault(event(stage, action), len(self.places))
+        return self.places.setdefault((stage, action), len(self.places))
 
     def _describe(self, stage: int, action: Action, costs: Costs, link: Link) -> None:
         schedule = self.schedule
         compute = action.kind.is_compute
+        self.noted.append(self.template(*event(stage, action)) * self.num_micro_batches)
         self.durations.append(costs.of(stage, action) if compute else 0.0)
         local: list[int] = []
         remote: list[int] = []
@@ -195,7 +198,7 @@ class _Run:
         starts, ends = self.starts[stage], self.ends[stage]
         actions, program = table.schedule.stages[stage], table.programs[stage]
         durations, local, remote = table.durations, table.local, table.remote
-        num_micro_batches = table.num_micro_batches
+        noted = table.noted
         woken: list[int] = []
         now = self.free[stage]
         step = self.steps[stage]
@@ -213,8 +216,7 @@ class _Run:
                 if any(done[base + micro_batch] < 0.0 for base in local[template]):
                     break
                 now = start + durations[template]
-                place = template * num_micro_batches + micro_batch
-                done[place] = now
+                done[noted[template] + micro_batch] = now
                 starts.append(start)
                 ends.append(now)
                 step += 1
@@ -229,7 +231,7 @@ class _Run:
         """Send what has just been made, or what a receive just announced was waiting for."""
         table = self.table
         peer = table.peer[template]
-        place = template * table.num_micro_batches + micro_batch
+        place = table.noted[template] + micro_batch
         if peer >= 0:
             other = self.done[peer + micro_batch]
             if other < 0.0:

@@ -18,6 +18,7 @@ from seq1f1b.schedule import (
     one_f_one_b,
     peak_live,
     validate,
+    zb_h1,
 )
 from tests.schedule.shapes import CHUNKS, MICRO_BATCHES, SPLITS, STAGES, schedules
 
@@ -55,6 +56,30 @@ def test_seq1f1b_holds_as_many_sub_sequences_as_the_paper_says(p, m, s):
 @given(STAGES, MICRO_BATCHES, SPLITS)
 def test_gpipe_holds_everything(p, m, s):
     assert set(peak_live(gpipe(p, m, s))) == {m * s}
+
+
+@given(STAGES, MICRO_BATCHES, SPLITS, st.none() | st.integers(0, 8))
+def test_zb_h1_holds_what_1f1b_does_and_the_weight_gradients_that_it_defers(p, m, s, most):
+    schedule = zb_h1(p, m, s, most)
+    for stage, live in enumerate(peak_live(schedule)):
+        deferred = stage if most is None else min(stage, most)
+        assert live == min(p - stage + s - 1 + deferred, m * s)
+    assert max(peak_live(zb_h1(p, m, s))) == peak_live(one_f_one_b(p, m, s))[0]
+
+
+@given(STAGES, MICRO_BATCHES, SPLITS)
+def test_zb_h1_passes_gradients_on_in_1f1bs_order_and_ends_with_weight_gradients(p, m, s):
+    plain = one_f_one_b(p, m, s)
+    for stage, (actions, whole) in enumerate(zip(zb_h1(p, m, s).stages, plain.stages, strict=True)):
+        passed = [a.of_kind(Kind.B) if a.kind is Kind.I else a for a in actions]
+        assert tuple(a for a in passed if a.kind is not Kind.W) == whole
+        last = min(stage + 1, m * s) if stage else 0
+        assert {a.kind for a in actions[len(actions) - last :]} <= {Kind.W}
+
+
+def test_a_negative_number_of_deferred_weight_gradients_is_refused():
+    with pytest.raises(ValueError, match="-1 deferred weight gradients: it must be 0 or more"):
+        zb_h1(2, 4, max_deferred=-1)
 
 
 @given(STAGES, MICRO_BATCHES)
@@ -131,6 +156,8 @@ def test_names_tell_the_schedules_apart():
         one_f_one_b(2, 4, 2),
         interleaved(2, 2, 4),
         interleaved(2, 2, 4, 2),
+        zb_h1(2, 4),
+        zb_h1(2, 4, 2),
         forward_only(2, 1, 4),
     ]
     assert [schedule.name for schedule in made] == [
@@ -139,6 +166,8 @@ def test_names_tell_the_schedules_apart():
         "seq1f1b",
         "1f1b-interleaved",
         "seq1f1b-interleaved",
+        "zb-h1",
+        "seq1f1b-zb-h1",
         "forward-only",
     ]
 

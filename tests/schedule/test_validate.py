@@ -9,7 +9,7 @@ from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from seq1f1b.schedule import (
@@ -18,42 +18,55 @@ from seq1f1b.schedule import (
     Schedule,
     ScheduleError,
     gpipe,
-    interleaved,
     lower,
     one_f_one_b,
     peak_live,
     validate,
 )
-from tests.schedule.shapes import schedules
+from tests.schedule.shapes import GENERATORS, schedules
 
 Node = tuple[int, Action]
+
+
+def kinds_of_parts(actions: tuple[Action, ...]) -> dict[tuple[int, ...], list[Kind]]:
+    kinds = defaultdict(list)
+    for action in actions:
+        if action.kind.is_compute:
+            kinds[tuple(action[1:])].append(action.kind)
+    return kinds
 
 
 def breaks_a_rule(schedule: Schedule) -> bool:
     """Tell whether a lowered training schedule is incomplete, crossed or circular."""
     p, v = schedule.num_stages, schedule.num_chunks
-    trains = any(action.kind is Kind.B for actions in schedule.stages for action in actions)
     expected = {
-        (kind, c, m, j)
-        for kind in ((Kind.F, Kind.B) if trains else (Kind.F,))
+        (c, m, j)
         for c in range(v)
         for m in range(schedule.num_micro_batches)
         for j in range(schedule.num_splits)
     }
     transfers: dict[tuple[int, int, bool], tuple[list[Node], list[Node]]]
     transfers = defaultdict(lambda: ([], []))
+    trains = any(a.kind in (Kind.B, Kind.I) for actions in schedule.stages for a in actions)
     graph: dict[Node, set[Node]] = {}
+    handed_on: list[dict[tuple[int, ...], Kind]] = []
     for stage, actions in enumerate(schedule.stages):
-        if len(set(actions)) != len(actions):
+        kinds = kinds_of_parts(actions)
+        allowed = ([Kind.B, Kind.F], [Kind.F, Kind.I, Kind.W], [] if trains else [Kind.F])
+        if kinds.keys() != expected or any(sorted(have) not in allowed for have in kinds.values()):
             return True
-        if {tuple(action) for action in actions if action.kind.is_compute} != expected:
-            return True
+        handed_on.append(
+            {part: Kind.I if Kind.I in have else Kind.B for part, have in kinds.items()}
+        )
         for before, action in zip((None, *actions), actions, strict=False):
             needs: set[Node] = {(stage, before)} if before else set()
             forward = action.kind in (Kind.F, Kind.SEND_F, Kind.RECV_F)
             place = action.chunk * p + stage
-            kind, _, m, j = action
-            if kind.is_compute:
+            kind, c, m, j = action
+            # who waits for a gradient waits for whatever hands it on
+            if kind is Kind.W:
+                needs.add((stage, action.of_kind(Kind.I)))
+            elif kind.is_compute:
                 from_place = place - 1 if forward else place + 1
                 if 0 <= from_place < p * v:
                     receive = action.of_kind(Kind.RECV_F if forward else Kind.RECV_B)
@@ -64,7 +77,8 @@ def breaks_a_rule(schedule: Schedule) -> bool:
                 if not forward:
                     needs.add((stage, action.of_kind(Kind.F)))
                     if j < schedule.num_splits - 1:
-                        needs.add((stage, action._replace(sub_sequence=j + 1)))
+                        later = action._replace(sub_sequence=j + 1)
+                        needs.add((stage, later.of_kind(handed_on[stage][c, m, j + 1])))
             else:
                 goes_down = forward == kind.is_send
                 other = place + (1 if goes_down else -1)
@@ -72,7 +86,8 @@ def breaks_a_rule(schedule: Schedule) -> bool:
                     return True
                 end = action._replace(chunk=other // p)
                 if kind.is_send:
-                    needs.add((stage, action.of_kind(Kind.F if forward else Kind.B)))
+                    made_by = Kind.F if forward else handed_on[stage][c, m, j]
+                    needs.add((stage, action.of_kind(made_by)))
                     needs.add((other % p, end.of_kind(Kind.RECV_F if forward else Kind.RECV_B)))
                     transfers[stage, other % p, forward][0].append((other % p, end.of_kind(Kind.F)))
                 else:
@@ -126,7 +141,7 @@ def test_the_validator_refuses_exactly_what_breaks_a_rule(mutated):
     if breaks_a_rule(mutated):
         message = refusal(mutated)
         assert re.search(r"\bstage \d+\b", message)
-        assert re.search(r"\d(F|B|SEND_F|SEND_B|RECV_F|RECV_B)\d+\.\d", message)
+        assert re.search(r"\d(F|B|I|W|SEND_F|SEND_B|RECV_F|RECV_B)\d+\.\d", message)
     else:
         validate(mutated)
 
@@ -160,19 +175,19 @@ def test_backwards_of_sub_sequences_out_of_order_lack_the_gradients_of_the_later
 
 
 @pytest.mark.parametrize("kind", [Kind.F, Kind.B])
-@pytest.mark.parametrize("make", [gpipe, one_f_one_b, lambda p, m, s: interleaved(p, 2, m, s)])
-def test_reversed_sub_sequences_are_refused_even_if_every_stage_reverses_them(make, kind):
-    schedule = make(3, 4, 3)
+@pytest.mark.parametrize("name", sorted(GENERATORS.keys() - {"forward_only"}))
+def test_reversed_sub_sequences_are_refused_even_if_every_stage_reverses_them(name, kind):
+    schedule = GENERATORS[name](3, 2, 4, 3)
     last = schedule.num_splits - 1
 
     def reverse(action: Action) -> Action:
-        if action.kind is kind:
+        if action.kind is kind or (kind is Kind.B and action.kind in (Kind.I, Kind.W)):
             return action._replace(sub_sequence=last - action.sub_sequence)
         return action
 
     stages = tuple(tuple(map(reverse, actions)) for actions in schedule.stages)
     message = refusal(schedule.with_stages(stages, lowered=False))
-    wrong, missing = ("F0.2", "F0.1") if kind is Kind.F else ("B0.0", "B0.1")
+    wrong, missing = ("F0.2", "F0.1") if kind is Kind.F else ("[BI]0.0", "B0.1")
     assert re.search(
         rf"stage \d, step \d+, \d{wrong}: waits for .*\d{missing} on stage \d", message
     )
@@ -276,8 +291,52 @@ def test_more_live_sub_sequences_than_allowed_are_refused():
     schedule = one_f_one_b(4, 8, 2)
     validate(schedule, max_live=5)
     assert refusal(schedule, max_live=4) == (
-        "seq1f1b: stage 0 holds 5 sub-sequences at once; at most 4 are allowed"
+        "seq1f1b: stage 0, step 4, 0F2.0: the stage holds 5 sub-sequences at once; "
+        "at most 4 are allowed"
     )
+    validate(schedule, max_live=(5, 4, 3, 2))
+    assert "stage 2, step 2, 0F1.0: the stage holds 3" in refusal(schedule, max_live=(5, 4, 2, 2))
+
+
+@settings(max_examples=60)
+@given(schedules(trains=True, largest=6))
+def test_every_schedule_names_where_it_exceeds_a_cap(schedule):
+    lowered = lower(schedule)
+    peaks = peak_live(lowered)
+    validate(lowered, max_live=peaks)
+    for stage, peak in enumerate(peaks):
+        caps = [*peaks[:stage], peak - 1, *peaks[stage + 1 :]]
+        message = refusal(lowered, max_live=caps)
+        found = re.fullmatch(
+            rf"\S+: stage {stage}, step (\d+), (\S+): the stage holds {peak} "
+            rf"sub-sequences at once; at most {peak - 1} are allowed",
+            message,
+        )
+        step = int(found[1])
+        forward = lowered.stages[stage][step]
+        assert (str(forward), forward.kind) == (found[2], Kind.F)
+        before = lowered.stages[stage][: step + 1]
+        freed = sum(action.kind in (Kind.B, Kind.W) for action in before)
+        assert sum(action.kind is Kind.F for action in before) - freed == peak
+
+
+@settings(max_examples=60)
+@given(schedules(trains=True, largest=4), st.data())
+def test_receives_in_another_order_than_their_sends_are_refused_in_every_schedule(schedule, data):
+    lowered = lower(schedule)
+    links = defaultdict(list)
+    for stage, actions in enumerate(lowered.stages):
+        for action in actions:
+            if action.kind.is_receive:
+                links[stage, lowered.peer(stage, action)[0], action.kind].append(action)
+    crossable = sorted(link for link, actions in links.items() if len(actions) > 1)
+    assume(crossable)
+    link = data.draw(st.sampled_from(crossable))
+    first = data.draw(st.integers(0, len(links[link]) - 2))
+    one, other = links[link][first : first + 2]
+    message = refusal(swap(lowered, link[0], str(one), str(other)))
+    assert f"link from stage {link[1]} to stage {link[0]}, transfer {first}: " in message
+    assert f"the receiver announces {other} where the sender sends {one}" in message
 
 
 def split_backwards(schedule: Schedule, delay: int) -> Schedule:
@@ -299,7 +358,7 @@ def split_backwards(schedule: Schedule, delay: int) -> Schedule:
 
 
 @settings(max_examples=40)
-@given(schedules(trains=True, largest=6), st.integers(0, 9))
+@given(schedules(trains=True, largest=6, whole=True), st.integers(0, 9))
 def test_split_backwards_are_valid_and_hold_activations_until_their_weight_gradient(
     schedule, delay
 ):

@@ -26,7 +26,11 @@ def test_step_time():
 def test_a_zero_bubble_of_equal_thirds_is_a_third_of_1f1bs():
     assert formulas.zb_h1_bubble(4, 1) == pytest.approx(3 * 3.0 / 3)
     assert formulas.zb_h1_bubble(4, 2) == pytest.approx(1.5)
-    assert formulas.zb_h1_bubble(4, 1, weight_gradient=5.0) == 0.0
+    assert formulas.zb_h1_bubble(4, 1, input_gradient=0.5, weight_gradient=0.25) == 3 * 1.25
+    assert formulas.zb_h1_bubble(4, 1, weight_gradient=5.0) == 3.0
+    assert formulas.zb_h1_bubble_ratio(4, 8, 2) == pytest.approx(1.5 / 25.5)
+    assert not formulas.zb_h1_applies(4, 2, 2)
+    assert formulas.zb_h1_applies(4, 3, 2)
 
 
 def test_live_micro_batches():

@@ -17,6 +17,7 @@ from seq1f1b.schedule import (
     interleaved,
     lower,
     one_f_one_b,
+    zb_h1,
 )
 from seq1f1b.schedule.edges import dependencies, event
 from seq1f1b.sequence import TokenCost, partition
@@ -45,6 +46,46 @@ def test_equal_costs_give_the_formula_of_gpipe(p, m, s, backward):
     result = simulate(schedule, Costs.uniform(schedule, backward=backward))
     assert result.bubble_ratio == pytest.approx(formulas.bubble_ratio(p, 1, m, s), abs=1e-12)
     assert set(result.peak_live) == {m * s}
+
+
+@given(STAGES, MICRO_BATCHES, SPLITS)
+def test_zb_h1_of_equal_thirds_idles_a_third_of_1f1b_wherever_it_applies(p, m, s):
+    schedule = zb_h1(p, m, s)
+    result = simulate(schedule, Costs.uniform(schedule, forward=1.0, backward=2.0))
+    bubble = formulas.zb_h1_bubble(p, s)
+    plain = formulas.step_time(p, 1, m, s) - 3 * m
+    assert bubble == pytest.approx(plain / 3)
+    if formulas.zb_h1_applies(p, m, s):
+        assert result.idle == pytest.approx([bubble] * p, abs=1e-9)
+        ratio = formulas.zb_h1_bubble_ratio(p, m, s)
+        assert result.bubble_ratio == pytest.approx(ratio, abs=1e-12)
+    else:
+        assert result.step_time > 3 * m + bubble + 1e-9
+
+
+@given(STAGES, MICRO_BATCHES, SPLITS, TIMES, TIMES, st.floats(0.01, 1.0))
+def test_zb_h1_idles_as_its_formula_says_while_w_is_the_shortest(p, m, s, forward, half, share):
+    m = max(m, -(-(p + s - 1) // s))
+    weight = share * min(forward, half)
+    schedule = zb_h1(p, m, s)
+    result = simulate(schedule, thirds(schedule, forward, half, weight))
+    bubble = formulas.zb_h1_bubble(
+        p, s, forward=forward, input_gradient=half, weight_gradient=weight
+    )
+    assert result.idle == pytest.approx([bubble] * p, abs=1e-7)
+
+
+def thirds(schedule: Schedule, forward: float, half: float, weight: float) -> Costs:
+    """Share out F, I and W of a stage and micro-batch evenly; B takes I and W."""
+    times = {Kind.F: forward, Kind.B: half + weight, Kind.I: half, Kind.W: weight}
+    share = 1 / (schedule.num_chunks * schedule.num_splits)
+    parts = {
+        (kind, chunk, j): time * share
+        for kind, time in times.items()
+        for chunk in range(schedule.num_chunks)
+        for j in range(schedule.num_splits)
+    }
+    return Costs((parts,) * schedule.num_stages)
 
 
 @given(st.integers(2, 8), st.integers(2, 4), MICRO_BATCHES, SPLITS, TIMES, st.integers(0, 5))
@@ -97,7 +138,7 @@ def random_costs(draw: st.DrawFn, schedule: Schedule) -> Costs:
         tuple(
             {
                 (kind, chunk, j): random.choice([0.5, 1.0, 2.0, 3.25])
-                for kind in (Kind.F, Kind.B)
+                for kind in (Kind.F, Kind.B, Kind.I, Kind.W)
                 for chunk in range(schedule.num_chunks)
                 for j in range(schedule.num_splits)
             }
@@ -221,6 +262,35 @@ def test_measured_costs_are_means_over_micro_batches():
     assert simulate(plain, whole).step_time == pytest.approx(
         formulas.step_time(2, 1, 3, 1, forward=2.0, backward=3.0)
     )
+
+
+def test_what_was_not_measured_of_a_backward_is_filled_in():
+    schedule = zb_h1(2, 3)
+    truth = simulate(schedule, thirds(schedule, 1.0, 3.0, 2.0))
+    stages = [
+        [Span(*entry) for entry in zip(actions, starts, ends, strict=True)]
+        for actions, starts, ends in zip(schedule.stages, truth.starts, truth.ends, strict=True)
+    ]
+    measured = Costs.measured(stages)
+    costs = measured.completed()
+    times = [
+        [costs.of(stage, Action(k, 0, 0, 0)) for k in (Kind.B, Kind.I, Kind.W)] for stage in (0, 1)
+    ]
+    assert times == [[pytest.approx(5.0), 2.5, 2.5], [5.0, 3.0, 2.0]]
+    assert costs.total(Kind.F) == pytest.approx(1.0)
+    assert costs.total(Kind.W) == pytest.approx(2.25)
+    with pytest.raises(CostError, match=r"no cost is known for 0B0\.0 on stage 1"):
+        simulate(one_f_one_b(2, 3), measured)
+
+
+def test_one_stage_may_split_some_backwards_and_not_others():
+    stages = (("0F0.0", "0F1.0", "0B0.0", "0I1.0", "0W1.0"),) * 2
+    schedule = gpipe(2, 2).with_stages(
+        tuple(tuple(map(Action.parse, actions)) for actions in stages), lowered=False
+    )
+    result = simulate(schedule, thirds(schedule, 1.0, 2.0, 3.0))
+    assert list(result.starts[1]) == [1.0, 2.0, 3.0, 8.0, 10.0]
+    assert list(result.starts[0]) == [0.0, 1.0, 8.0, 13.0, 15.0]
 
 
 class Span:
