@@ -51,10 +51,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Contender:
-    """A schedule: in Megatron's own loop or in the executor, on how many splits, cut how."""
+    """A schedule: in Megatron's own loop (auto) or in the executor, on how many splits, cut how."""
 
     name: str
-    runs_executor: bool
+    kind: str = "1f1b"
     num_splits: int = 1
     balance: str = "average"
 
@@ -62,13 +62,13 @@ class Contender:
 def contenders(splits: list[int]) -> list[Contender]:
     """Return Megatron's loop first, which is what all others are compared with."""
     cut = [
-        Contender(f"Seq1F1B s={s} {balance}", True, s, balance)
+        Contender(f"Seq1F1B s={s} {balance}", "1f1b", s, balance)
         for s in splits
         for balance in ("average", "uniform_comp")
     ]
     return [
-        Contender("Megatron 1F1B loop", False),
-        Contender("executor, 1 split", True),
+        Contender("Megatron 1F1B loop", "auto"),
+        Contender("executor, 1 split"),
         *cut,
     ]
 
@@ -128,12 +128,12 @@ class Bench:
         return Settings(
             num_splits=contender.num_splits,
             balance_method=contender.balance,
-            runs_executor=contender.runs_executor,
             attention=None,
             metrics_file=None,
             sequence_length=self.options.length,
             multiple=1,
             cost=self.cost,
+            kind=contender.kind,
         )
 
     def step(self, contender: Contender, num_micro_batches: int) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 
-from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext
+from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext, Timed
 from seq1f1b.schedule import Action, Kind
 
 _MIB = 2**20
-_WHOLE = {kind: Action(kind, 0, 0, 0) for kind in (Kind.F, Kind.B)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,10 @@ class StepMeter:
             context.carries, context.weight_gradients, device=device
         )
         self._clock: ActionClock | None = None
+        self._num_timed = dict.fromkeys((Kind.F, Kind.B), 0)
+        self.before_step: Callable[[], None] | None = None
         self.last: StageFigures | None = None
+        self.timed: Sequence[Timed] = ()
         self._seconds = 0.0
         self._losses: dict[str, Any] = {}
 
@@ -80,6 +82,7 @@ class StepMeter:
         def forward_backward(**kwargs: Any) -> list[Any]:
             def run(clock: ActionClock) -> list[Any]:
                 self._clock = clock
+                self._num_timed = dict.fromkeys((Kind.F, Kind.B), 0)
                 try:
                     return loop(**kwargs)
                 finally:
@@ -93,18 +96,24 @@ class StepMeter:
         """Call ``run`` with a clock for its actions and keep the figures."""
         chunks = model if isinstance(model, list) else [model]
         constants = [t for c in chunks for t in (*c.parameters(), *torch.nn.Module.buffers(c))]
+        if self.before_step is not None:
+            self.before_step()
         carries = self._context.carries
         carries.reset_peak()
         clock = ActionClock(self._device)
         with self._activations.measuring(constants):
             result = run(clock)
-        timed, length = clock.finish()
-        busy = sum(entry.end - entry.start for entry in timed)
+        self.timed, length = clock.finish()
+        busy = sum(entry.end - entry.start for entry in self.timed)
         self.last = StageFigures(length, busy, self._activations.peak_bytes, carries.peak_bytes)
         return result
 
     def timing(self, kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Make the replacement of a step function that Megatron's own loops call by name."""
+        """Make the replacement of a step function that Megatron's own loops call by name.
+
+        The loops do not say which micro-batch it is: the calls are counted. Only interleaved loops
+        take them in another order.
+        """
 
         def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
             def step(*args: Any, **kwargs: Any) -> Any:
@@ -112,7 +121,8 @@ class StepMeter:
                     return original(*args, **kwargs)
                 self._clock.begin()
                 result = original(*args, **kwargs)
-                self._clock.end(_WHOLE[kind])
+                self._clock.end(Action(kind, 0, self._num_timed[kind], 0))
+                self._num_timed[kind] += 1
                 return result
 
             return step

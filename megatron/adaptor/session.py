@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
-from megatron.adaptor import fallbacks, metrics, weight_gradients
+from megatron.adaptor import fallbacks, metrics, trace, weight_gradients
 from megatron.adaptor.attention import local_attention, transformer_engine_attention
 from megatron.adaptor.batch import BatchCutter
 from megatron.adaptor.patches import Attribute, Patch
@@ -155,6 +156,7 @@ class Session:
             _, faults = settings_from(args)
             refuse(faults, args.rank)
             self._args = args
+            self.meter.before_step = self._before_step
             return result
 
         return validate_args
@@ -192,11 +194,30 @@ class Session:
 
         return training_log
 
+    def _before_step(self) -> None:
+        """Let all stages begin the iteration that is traced at the same moment."""
+        if self._traces(getattr(self._args, "curr_iteration", -1) + 1):
+            torch.distributed.barrier(parallel_state.get_pipeline_model_parallel_group())
+
+    def _traces(self, iteration: int) -> bool:
+        settings = self.settings
+        return bool(settings and settings.trace_file and iteration == settings.trace_iteration)
+
+    def _trace(self) -> None:
+        """Write the trace of the pipeline that rank 0 is in."""
+        assert self.settings is not None
+        assert self.settings.trace_file is not None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if 0 in torch.distributed.get_process_group_ranks(group):
+            trace.write(self.settings.trace_file, self.meter.timed, group)
+
     def _log(self, iteration: int) -> None:
         from megatron.core.num_microbatches_calculator import get_current_global_batch_size
         from megatron.training import get_args, print_rank_last
         from megatron.training.training import num_floating_point_operations
 
+        if self._traces(iteration):
+            self._trace()
         args = get_args()
         prints = iteration % args.log_interval == 0
         file = self.settings.metrics_file if self.settings else None

@@ -2,13 +2,21 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from seq1f1b.attention.kernels import KERNELS
-from seq1f1b.schedule import Schedule, forward_only, interleaved, lower, validate
+from seq1f1b.schedule import (
+    Schedule,
+    ScheduleError,
+    forward_only,
+    interleaved,
+    lower,
+    validate,
+    zb_h1,
+)
 from seq1f1b.sequence import (
     BALANCE_METHODS,
     PartitionError,
@@ -17,9 +25,10 @@ from seq1f1b.sequence import (
     partition,
     sub_sequences,
 )
+from seq1f1b.simulate import Costs, greedy
 
 MINDSPEED_SPLITS = 4
-SCHEDULES = ("auto", "1f1b")
+SCHEDULES = ("auto", "1f1b", "zb-h1", "greedy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,8 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--seq1f1b-schedule",
         choices=SCHEDULES,
         default="auto",
-        help="auto runs one split in Megatron's own loop and more in the executor of Seq1F1B; 1f1b "
-        "runs one split there too. (default: %(default)s)",
+        help="auto runs one split in Megatron's own loop and more under Seq1F1B, interleaved with "
+        "virtual stages; 1f1b runs one split in the executor of Seq1F1B too; zb-h1 puts weight "
+        "gradients off to fill gaps (Zero Bubble's ZB-H1 on sub-sequences); greedy orders forwards "
+        "and both halves of backwards to the shortest simulated step, with virtual stages or "
+        "without. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seq1f1b-max-live",
+        type=int,
+        default=None,
+        metavar="N",
+        help="With --seq1f1b-schedule greedy: how many sub-sequences (on one model chunk each) a "
+        "stage may hold from forward to weight gradient (default: what the first stage holds "
+        "under Seq1F1B).",
     )
     group.add_argument(
         "--seq1f1b-attention",
@@ -65,6 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Append one JSON line per iteration: loss, time, tokens/s, TFLOP/s per device, peak "
         "activation memory and bubble ratio of each stage.",
     )
+    group.add_argument(
+        "--seq1f1b-trace-file",
+        default=None,
+        metavar="FILE",
+        help="Write the start and end of every action of one iteration on all stages, for "
+        "`seq1f1b timeline --trace FILE` and `seq1f1b simulate --trace FILE`.",
+    )
+    group.add_argument(
+        "--seq1f1b-trace-iteration",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Which iteration to trace; the first ones are slower. (default: %(default)s)",
+    )
     return parser
 
 
@@ -72,23 +107,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 class Settings:
     """Validated flags.
 
+    kind: of schedule, one of SCHEDULES. max_live: see ``greedy``.
     multiple: what every sub-sequence length must be a multiple of.
     """
 
     num_splits: int
     balance_method: Any
-    runs_executor: bool
     attention: str | None
     metrics_file: str | None
     sequence_length: int
     multiple: int
     cost: TokenCost
+    kind: str = "auto"
+    max_live: int | None = None
+    trace_file: str | None = None
+    trace_iteration: int = 0
+
+    @property
+    def runs_executor(self) -> bool:
+        """Whether the executor of Seq1F1B runs the steps, and not Megatron's own loop."""
+        return self.num_splits > 1 or self.kind != "auto"
+
+    @property
+    def splits_backwards(self) -> bool:
+        """Whether weight gradients are computed by actions of their own."""
+        return self.kind in ("zb-h1", "greedy")
 
     def schedule(
         self, num_stages: int, num_chunks: int, num_micro_batches: int, *, trains: bool
     ) -> Schedule:
-        """Return the validated, lowered schedule of one step."""
-        return _schedule(num_stages, num_chunks, num_micro_batches, self.num_splits, trains)
+        """Return the validated, lowered schedule of one step.
+
+        Raises ValueError where the kind of schedule has no such shape.
+        """
+        return _schedule(self, num_stages, num_chunks, num_micro_batches, trains)
 
     def cut(self, length: int) -> tuple[SubSequence, ...]:
         """Return the sub-sequences of a micro-batch of ``length`` tokens."""
@@ -105,10 +157,23 @@ class Settings:
 
 @lru_cache(maxsize=16)
 def _schedule(
-    num_stages: int, num_chunks: int, num_micro_batches: int, num_splits: int, trains: bool
+    settings: Settings, num_stages: int, num_chunks: int, num_micro_batches: int, trains: bool
 ) -> Schedule:
-    make: Callable[..., Schedule] = interleaved if trains else forward_only
-    schedule = lower(make(num_stages, num_chunks, num_micro_batches, num_splits))
+    shape = num_stages, num_chunks, num_micro_batches, settings.num_splits
+    if not trains:
+        schedule = forward_only(*shape)
+    elif settings.kind == "greedy":
+        lengths = [part.length for part in settings.cut(settings.sequence_length)]
+        like = interleaved(*shape)
+        costs = Costs.of_tokens(like, settings.cost, lengths, flops_per_second=1.0)
+        schedule = greedy(*shape, costs, max_live=settings.max_live)
+    elif settings.kind == "zb-h1":
+        if num_chunks > 1:
+            raise ValueError(f"zb-h1 has 1 model chunk a stage, not {num_chunks}: use greedy")
+        schedule = zb_h1(num_stages, num_micro_batches, settings.num_splits)
+    else:
+        schedule = interleaved(*shape)
+    schedule = lower(schedule)
     validate(schedule)
     return schedule
 
@@ -122,14 +187,17 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     settings = Settings(
         num_splits=num_splits,
         balance_method=args.seq1f1b_balance_method,
-        runs_executor=num_splits > 1 or args.seq1f1b_schedule != "auto",
         attention=args.seq1f1b_attention,
         metrics_file=args.seq1f1b_metrics_file,
         sequence_length=args.seq_length,
         multiple=multiple,
         cost=_token_cost(args),
+        kind=args.seq1f1b_schedule,
+        max_live=args.seq1f1b_max_live,
+        trace_file=args.seq1f1b_trace_file,
+        trace_iteration=args.seq1f1b_trace_iteration,
     )
-    faults = [*_split_faults(settings, args)]
+    faults = [*_split_faults(settings, args), *_schedule_faults(settings, args)]
     if settings.runs_executor:
         faults += _feature_faults(args)
     return settings, faults
@@ -158,6 +226,36 @@ def _split_faults(settings: Settings, args: argparse.Namespace) -> list[str]:
         )
         return [f"{given} with --seq-length {args.seq_length}: {error}{because}"]
     return []
+
+
+def _schedule_faults(settings: Settings, args: argparse.Namespace) -> Iterator[str]:
+    given = f"--seq1f1b-schedule {settings.kind}"
+    if settings.max_live is not None and settings.kind != "greedy":
+        yield f"--seq1f1b-max-live {settings.max_live} goes with --seq1f1b-schedule greedy only"
+    if settings.splits_backwards and args.transformer_impl != "local":
+        yield (
+            f"{given} with --transformer-impl {args.transformer_impl}: weight gradients can be put "
+            "off in Megatron's own layers only; use --transformer-impl local"
+        )
+    if settings.splits_backwards and not args.gradient_accumulation_fusion:
+        yield f"{given}: leave out --no-gradient-accumulation-fusion"
+    num_chunks = args.virtual_pipeline_model_parallel_size or 1
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    if settings.num_splits >= 1 and settings.runs_executor:
+        try:
+            settings.schedule(
+                args.pipeline_model_parallel_size, num_chunks, micro_batches, trains=True
+            )
+        except (PartitionError, ScheduleError):
+            return
+        except ValueError as error:
+            yield f"{given}: {error}"
+    is_interleaved_loop = not settings.runs_executor and num_chunks > 1
+    if settings.trace_file is not None and is_interleaved_loop:
+        yield (
+            "--seq1f1b-trace-file cannot tell the micro-batches of Megatron's own interleaved "
+            "loop; add --seq1f1b-schedule 1f1b to run the same schedule in the executor"
+        )
 
 
 def _feature_faults(args: argparse.Namespace) -> list[str]:

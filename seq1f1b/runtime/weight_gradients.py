@@ -41,6 +41,7 @@ class WeightGradients:
         if self.on_defer is not None:
             self.on_defer()
 
+    @torch.no_grad()
     def compute(self, action: Action) -> None:
         """Do what was put off to ``action``, a W, layer by layer, and let go of its tensors."""
         tasks = self._deferred.pop(action, [])
@@ -77,7 +78,8 @@ class DeferrableLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``, ``[..., out features]``."""
         output = _Linear.apply(input, self.weight, self)
-        return output if self.bias is None else output + self.bias
+        bias: Tensor | None = self.bias
+        return output if bias is None else output + bias
 
     def accumulate(self, inputs: Tensor, gradient: Tensor) -> None:
         """Add the weight's gradient to ``weight.grad``."""

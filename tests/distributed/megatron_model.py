@@ -19,6 +19,7 @@ class Case:
     num_micro_batches: int
     num_splits: int
     balance: str = "uniform_comp"
+    kind: str = "1f1b"
     num_chunks: int = 1
     length: int = 30
     positions: str = "rope"
@@ -86,7 +87,7 @@ def _make_groups(case: Case) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def _config(case: Case, num_stages: int, num_chunks: int) -> Any:
+def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -101,7 +102,7 @@ def _config(case: Case, num_stages: int, num_chunks: int) -> Any:
         calculate_per_token_loss=case.per_token,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        gradient_accumulation_fusion=True,
+        gradient_accumulation_fusion=accumulates,
         use_cpu_initialization=True,
         recompute_granularity="full" if case.recompute else None,
         recompute_method="uniform" if case.recompute else None,
@@ -133,7 +134,7 @@ def _whole_model(case: Case) -> Any:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = _groups_of_one()[torch.distributed.get_rank()]
     torch.manual_seed(3)
-    return _model(case, _config(case, 1, 1), True, True, pg_collection=groups)
+    return _model(case, _config(case, 1, 1, accumulates=False), True, True, pg_collection=groups)
 
 
 def _stage_chunks(case: Case, whole: Any) -> list[Any]:
@@ -144,7 +145,7 @@ def _stage_chunks(case: Case, whole: Any) -> list[Any]:
     )
 
     stage = torch.distributed.get_rank()
-    config = _config(case, case.num_stages, case.num_chunks)
+    config = _config(case, case.num_stages, case.num_chunks, accumulates=True)
     chunks = []
     for chunk in range(case.num_chunks):
         first = stage == 0 and chunk == 0
@@ -225,7 +226,6 @@ def _settings(case: Case) -> Any:
     return Settings(
         num_splits=case.num_splits,
         balance_method=case.balance,
-        runs_executor=True,
         attention=None,
         metrics_file=None,
         sequence_length=case.length,
@@ -233,6 +233,7 @@ def _settings(case: Case) -> Any:
         cost=TokenCost.of_transformer(
             num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS
         ),
+        kind=case.kind,
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch.distributed as dist
 
 from seq1f1b.runtime import ALL_CHANNELS, ActionClock, ExecutionContext, PointToPoint, execute
-from seq1f1b.schedule import Kind, Schedule, gpipe, interleaved, lower, one_f_one_b
+from seq1f1b.schedule import Schedule, gpipe, interleaved, lower, one_f_one_b, zb_h1
 from seq1f1b.sequence import partition, sub_sequences
+from seq1f1b.simulate import Costs, greedy
 from tests.tiny_model import (
     COST,
     HIDDEN,
@@ -87,34 +88,28 @@ def run_gpipe(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
     return [((3, s), *run_schedule(gpipe(num_stages, 3, s), "average")) for s in (1, 4)]
 
 
-def split_backwards(schedule: Schedule, delay: int) -> Schedule:
-    """Return the schedule with every B as an I, its W ``delay`` computations later."""
-    stages = []
-    for actions in schedule.stages:
-        waiting: list = []
-        out: list = []
-        for action in actions:
-            is_backward = action.kind is Kind.B
-            out.append(action.of_kind(Kind.I) if is_backward else action)
-            if is_backward:
-                waiting.append(action.of_kind(Kind.W))
-            if len(waiting) > delay:
-                out.append(waiting.pop(0))
-        stages.append((*out, *waiting))
-    return schedule.with_stages(tuple(stages), lowered=False)
-
-
-def run_split(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
+def run_zb_h1(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
     return [
-        ((m, s, d), *run_schedule(split_backwards(one_f_one_b(num_stages, m, s), d), "average"))
-        for m, s, d in itertools.product((1, 3), (1, 4), (0, 3))
+        ((m, s), *run_schedule(zb_h1(num_stages, m, s), "average"))
+        for m, s in itertools.product((2, 3, 4, 8), (1, 2, 3, 4))
     ]
 
 
+def run_greedy(num_stages: int) -> list[tuple[tuple[int, int, int], float, float]]:
+    results = []
+    for v, m, s in itertools.product((1, 2), (2, 3, 4, 8), (1, 2, 3, 4)):
+        lengths = partition(LENGTH, s, method="uniform_comp", cost=COST)
+        shape = interleaved(num_stages, v, m, s)
+        costs = Costs.of_tokens(shape, COST, lengths, flops_per_second=1.0)
+        schedule = greedy(num_stages, v, m, s, costs)
+        results.append(((v, m, s), *run_schedule(schedule, "uniform_comp")))
+    return results
+
+
 @pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_split])
+@pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_zb_h1, run_greedy])
 def test_gradients_of_other_schedules(workers, num_stages, run):
-    for results in workers(num_stages).run(run, num_stages):
+    for results in workers(num_stages).run(run, num_stages, timeout=240):
         for case, gradient_error, loss_error in results:
             assert gradient_error < 1e-10, case
             assert loss_error < 1e-10, case
