@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 
+from megatron.adaptor.weight_gradients import name_owners
 from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext, Timed
 from seq1f1b.schedule import Action, Kind
 
@@ -95,6 +96,10 @@ class StepMeter:
     def measure(self, model: Any, run: Callable[[ActionClock], list[Any]]) -> list[Any]:
         """Call ``run`` with a clock for its actions and keep the figures."""
         chunks = model if isinstance(model, list) else [model]
+        if self._device == "cpu":
+            for chunk in chunks:
+                if getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False):
+                    name_owners(chunk.parameters())
         constants = [t for c in chunks for t in (*c.parameters(), *torch.nn.Module.buffers(c))]
         if self.before_step is not None:
             self.before_step()

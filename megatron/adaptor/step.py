@@ -213,7 +213,7 @@ class _GradientSync:
     def begin(self) -> None:
         self._disable()
         sync_parameters = self._step.config.param_sync_func
-        if sync_parameters is not None:
+        if sync_parameters is not None and not self._step.forward_only:
             for chunk, start in zip(self._step.chunks, self._listed(sync_parameters), strict=True):
                 start(chunk.parameters())
 

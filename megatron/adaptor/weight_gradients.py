@@ -8,6 +8,7 @@ input-gradient half of a backward runs, it leaves the product for the weight-gra
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class AccumulatingProduct:
         self._add(inputs, gradient, main_grad, apex)
 
     def _add(self, inputs: Tensor, gradient: Tensor, main_grad: Tensor, apex: Any) -> None:
+        _mark_done(main_grad)
         function = apex or _accumulate
 
         def accumulate(inputs: Tensor, gradient: Tensor) -> None:
@@ -58,6 +60,25 @@ def patches(context: ExecutionContext) -> list[Attribute]:
         Attribute(f"{layers}:_grad_accum_fusion_available", True, reason),
         Attribute(f"megatron.core.utils:{_EXTENSION}", product, reason, may_be_missing=True),
     ]
+
+
+def name_owners(parameters: Iterable[Any]) -> None:
+    """Let the gradient buffer of each parameter know whose it is.
+
+    Where autograd packs what it saves (see ActivationMeter), Megatron's linear layers get their
+    weights back without the attributes by which they tell Megatron's hooks that the gradient is in
+    the buffer already. The product then says it in their place.
+    """
+    for parameter in parameters:
+        if hasattr(parameter, "main_grad"):
+            parameter.main_grad.owner = parameter
+
+
+def _mark_done(main_grad: Tensor) -> None:
+    owner = getattr(main_grad, "owner", None)
+    if owner is not None:
+        owner.grad_added_to_main_grad = True
+        owner.grad = torch.empty_like(owner)  # hooks for overlapped reduction want to see one
 
 
 def _accumulate(inputs: Tensor, gradient: Tensor, main_grad: Tensor) -> None:

@@ -66,26 +66,38 @@ class Costs:
         flops_per_second: float,
         backward_ratio: float = 2.0,
     ) -> "Costs":
-        """Deal a model's ``cost`` evenly to all model chunks, for sub-sequences of ``lengths``."""
+        """Deal a model's ``cost`` evenly to all model chunks, for sub-sequences of ``lengths``.
+
+        Of a backward, W is half of what projections take; attention has no weights, so all of its
+        backward is in I.
+        """
         if len(lengths) != schedule.num_splits:
             raise CostError(f"{len(lengths)} lengths for {schedule.num_splits} sub-sequences")
         speed = flops_per_second * schedule.num_stages * schedule.num_chunks
         forwards = [cost.of(part.start, part.stop) / speed for part in sub_sequences(lengths)]
-        return cls.of_forwards(schedule, forwards, backward_ratio=backward_ratio)
+        weights = [cost.linear * length / speed * backward_ratio / 2 for length in lengths]
+        return cls.of_forwards(schedule, forwards, weights, backward_ratio=backward_ratio)
 
     @classmethod
     def of_forwards(
-        cls, schedule: Schedule, forwards: Sequence[float], *, backward_ratio: float
+        cls,
+        schedule: Schedule,
+        forwards: Sequence[float],
+        weights: Sequence[float] | None = None,
+        *,
+        backward_ratio: float,
     ) -> "Costs":
-        """Make all stages and chunks equal, with ``forwards[j]`` for sub-sequence j."""
-        half = backward_ratio / 2
-        ratios = {Kind.F: 1.0, Kind.B: backward_ratio, Kind.I: half, Kind.W: half}
-        parts = {
-            (kind, chunk, j): forward * ratios[kind]
-            for kind in _COMPUTE
-            for chunk in range(schedule.num_chunks)
-            for j, forward in enumerate(forwards)
-        }
+        """Make all stages and chunks equal: ``forwards[j]`` is F of sub-sequence j.
+
+        ``weights[j]`` is its W, half of its B unless given.
+        """
+        parts = {}
+        for j, forward in enumerate(forwards):
+            backward = forward * backward_ratio
+            weight = backward / 2 if weights is None else weights[j]
+            times = dict(zip(_COMPUTE, (forward, backward, backward - weight, weight), strict=True))
+            for chunk in range(schedule.num_chunks):
+                parts |= {(kind, chunk, j): time for kind, time in times.items()}
         return cls((parts,) * schedule.num_stages)
 
     @classmethod

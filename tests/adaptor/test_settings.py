@@ -38,6 +38,8 @@ _BASE = shlex.split(
     "--attention-dropout 0 --pipeline-model-parallel-size 2"
 )
 
+_GREEDY = ("--seq1f1b-splits", "4", "--seq1f1b-schedule", "greedy")
+
 REFUSED = {
     "no splits": (
         ["--seq1f1b-splits", "0"],
@@ -51,6 +53,26 @@ REFUSED = {
     "lengths that cannot be aligned": (
         ["--seq1f1b-splits", "65", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
         ["65 splits of at least 2 token(s)", "--sequence-parallel", "2 at a time"],
+    ),
+    "a cap without greedy": (
+        ["--seq1f1b-splits", "4", "--seq1f1b-max-live", "9"],
+        ["--seq1f1b-max-live 9 goes with --seq1f1b-schedule greedy only"],
+    ),
+    "a cap below one micro-batch": (
+        [*_GREEDY, "--seq1f1b-max-live", "3"],
+        ["--seq1f1b-schedule greedy: a cap of 3 sub-sequences does not hold one micro-batch"],
+    ),
+    "zb-h1 with virtual stages": (
+        ["--seq1f1b-schedule", "zb-h1", "--num-virtual-stages-per-pipeline-rank", "2"],
+        ["--seq1f1b-schedule zb-h1: zb-h1 has 1 model chunk a stage, not 2: use greedy"],
+    ),
+    "split backwards without accumulation": (
+        [*_GREEDY, "--no-gradient-accumulation-fusion"],
+        ["--seq1f1b-schedule greedy: leave out --no-gradient-accumulation-fusion"],
+    ),
+    "a trace of the interleaved loop": (
+        ["--num-virtual-stages-per-pipeline-rank", "2", "--seq1f1b-trace-file", "trace.jsonl"],
+        ["--seq1f1b-trace-file cannot tell", "add --seq1f1b-schedule 1f1b"],
     ),
     "attention dropout": (
         ["--seq1f1b-splits", "4", "--attention-dropout", "0.1"],

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from seq1f1b.schedule import Kind, zb_h1
+from seq1f1b.timeline import read_trace
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
+_VIRTUAL = "--num-virtual-stages-per-pipeline-rank"
 SCRIPTS = Path(__file__).parent / "scripts"
 ARGUMENTS = shlex.split(
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
@@ -60,6 +64,27 @@ def test_tensor_and_pipeline_parallel_losses_are_those_of_one_split(tmp_path):
         assert a["kv_carry_bytes"] == [0, 0]
         assert all(carried > 0 for carried in b["kv_carry_bytes"])
     assert whole[-1]["lm_loss"] < whole[0]["lm_loss"]
+
+
+@pytest.mark.parametrize("kind, virtual", [("zb-h1", ()), ("greedy", (_VIRTUAL, 2))])
+def test_split_backwards_with_overlapped_reduction(tmp_path, kind, virtual):
+    flags = (
+        *("--pipeline-model-parallel-size", 2, "--global-batch-size", 8, "--ddp-num-buckets", 3),
+        *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    )
+    file = tmp_path / "trace.jsonl"
+    whole = train(tmp_path, 4, *flags, *virtual, "--seq1f1b-splits", 1)
+    cut = ("--seq1f1b-splits", 3, "--seq1f1b-schedule", kind, "--seq1f1b-trace-file", file)
+    split = train(tmp_path, 4, *flags, *virtual, *cut)
+    losses = [[entry["lm_loss"] for entry in entries] for entries in (whole, split)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    traced = read_trace(file)
+    kinds = {span.action.kind for spans in traced.stages for span in spans}
+    assert {Kind.F, Kind.I, Kind.W} <= kinds
+    if kind == "zb-h1":
+        planned = zb_h1(2, 4, 3)
+        ran = [tuple(span.action for span in spans) for spans in traced.stages]
+        assert ran == list(planned.stages)
 
 
 def test_a_rank_that_raises_ends_the_job(tmp_path):
