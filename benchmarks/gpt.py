@@ -1,0 +1,179 @@
+"""A GPT of Megatron's cut into this rank's stage, and one training step of it, measured."""
+
+import argparse
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megatron.adaptor.metrics import bubble_ratios
+from megatron.adaptor.session import Session
+from megatron.adaptor.settings import Settings
+from seq1f1b.sequence import TokenCost
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, layers: int, hidden: int) -> None:
+    """Add the flags that say what the model is."""
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--hidden-size", type=int, default=hidden)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--length", type=int, default=4096)
+
+
+def make_groups() -> None:
+    """Set Megatron's process groups up: every rank is a stage."""
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=dist.get_world_size(), create_gloo_process_groups=False
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def token_cost(options: argparse.Namespace) -> TokenCost:
+    """Return what a token of the model costs."""
+    return TokenCost.of_transformer(
+        num_layers=options.layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.heads,
+        vocab_size=options.vocab_size,
+    )
+
+
+def make_batch(options: argparse.Namespace) -> dict[str, Any]:
+    """Return one micro-batch of random tokens."""
+    tokens = torch.randint(0, options.vocab_size, (1, options.length + 1))
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(1, options.length),
+        "position_ids": torch.arange(options.length)[None],
+        "attention_mask": None,
+        "cu_seqlens": None,
+    }
+
+
+def make_chunks(
+    options: argparse.Namespace, num_chunks: int = 1, *, accumulates: bool = True
+) -> list[GPTModel]:
+    """Build this rank's model chunks; ``accumulates``: weight gradients go to DDP's buffers."""
+    num_stages, stage = dist.get_world_size(), dist.get_rank()
+    virtual = num_chunks if num_chunks > 1 else None
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
+    config = TransformerConfig(
+        num_layers=options.layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.heads,
+        pipeline_model_parallel_size=num_stages,
+        virtual_pipeline_model_parallel_size=virtual,
+        pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        gradient_accumulation_fusion=accumulates,
+    )
+    torch.manual_seed(1)
+    return [
+        GPTModel(
+            config=config,
+            transformer_layer_spec=get_gpt_layer_local_spec(),
+            vocab_size=options.vocab_size,
+            max_sequence_length=options.length,
+            pre_process=stage == 0 and chunk == 0,
+            post_process=stage == num_stages - 1 and chunk == num_chunks - 1,
+            position_embedding_type="rope",
+            vp_stage=chunk if virtual else None,
+        )
+        for chunk in range(num_chunks)
+    ]
+
+
+class Trainer:
+    """This rank's chunks under Megatron's data-parallel wrapper, run by any schedule."""
+
+    def __init__(
+        self, options: argparse.Namespace, batch: dict[str, Any], session: Session, num_chunks: int
+    ) -> None:
+        self.options, self.batch, self.session = options, batch, session
+        self.cost = token_cost(options)
+        models = make_chunks(options, num_chunks)
+        self.config = models[0].config
+        self.chunks = [
+            DistributedDataParallel(self.config, DistributedDataParallelConfig(), model)
+            for model in models
+        ]
+        self.config.finalize_model_grads_func = finalize_model_grads
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        self.config.no_sync_func = no_sync if num_chunks > 1 else no_sync[0]
+
+    def settings(self, kind: str, num_splits: int, balance: str) -> Settings:
+        """Return what the flags of Seq1F1B would say."""
+        return Settings(
+            num_splits=num_splits,
+            balance_method=balance,
+            attention=None,
+            metrics_file=None,
+            sequence_length=self.options.length,
+            multiple=1,
+            cost=self.cost,
+            kind=kind,
+        )
+
+    def step(self, settings: Settings, num_micro_batches: int) -> dict[str, Any]:
+        """Run one step; return its length, what each stage did in it, and the loss."""
+        self.session.settings = settings
+        num_chunks = len(self.chunks)
+        virtual = num_chunks if num_chunks > 1 else None
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        dist.barrier()
+        reports = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[repeat(self.batch)] * num_chunks if virtual else repeat(self.batch),
+            model=self.chunks if virtual else self.chunks[0],
+            num_microbatches=num_micro_batches,
+            seq_length=self.options.length,
+            micro_batch_size=1,
+        )
+        total = sum(float(r["lm loss"][0] / r["lm loss"][1]) for r in reports) if reports else 0.0
+        own = self.session.meter.last, total / num_micro_batches, self.session.meter.timed
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        figures = [figure for figure, _, _ in gathered]
+        return {
+            "seconds": max(figure.seconds for figure in figures),
+            "bubble": bubble_ratios(figures),
+            "busy": [figure.busy_seconds for figure in figures],
+            "peak_bytes": [figure.peak_activation_bytes for figure in figures],
+            "carry_bytes": [figure.kv_carry_bytes for figure in figures],
+            "loss": gathered[-1][1],
+            "timed": [timed for _, _, timed in gathered],
+        }
+
+
+def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    total, count = (losses.float() * mask).sum(), mask.sum().to(torch.int)
+    return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+
+def _forward_step(data: Any, model: Any) -> Any:
+    batch = get_batch_on_this_cp_rank(
+        dict(next(data)),
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
