@@ -72,31 +72,66 @@ def make_chunks(
     num_stages, stage = dist.get_world_size(), dist.get_rank()
     virtual = num_chunks if num_chunks > 1 else None
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
-    config = TransformerConfig(
-        num_layers=options.layers,
-        hidden_size=options.hidden_size,
-        num_attention_heads=options.heads,
+    config = make_config(
+        options,
+        options.layers,
         pipeline_model_parallel_size=num_stages,
         virtual_pipeline_model_parallel_size=virtual,
-        pipeline_dtype=torch.float32,
-        deallocate_pipeline_outputs=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
         gradient_accumulation_fusion=accumulates,
     )
     torch.manual_seed(1)
     return [
-        GPTModel(
-            config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(),
-            vocab_size=options.vocab_size,
-            max_sequence_length=options.length,
-            pre_process=stage == 0 and chunk == 0,
-            post_process=stage == num_stages - 1 and chunk == num_chunks - 1,
-            position_embedding_type="rope",
+        make_part(
+            options,
+            config,
+            first=stage == 0 and chunk == 0,
+            last=stage == num_stages - 1 and chunk == num_chunks - 1,
             vp_stage=chunk if virtual else None,
         )
         for chunk in range(num_chunks)
+    ]
+
+
+def make_config(options: argparse.Namespace, num_layers: int, **others: Any) -> TransformerConfig:
+    """Return Megatron's description of ``num_layers`` layers."""
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.heads,
+        pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        **others,
+    )
+
+
+def make_part(
+    options: argparse.Namespace,
+    config: TransformerConfig,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """Build one model chunk, with the embedding if ``first`` and the output layer if ``last``."""
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(),
+        vocab_size=options.vocab_size,
+        max_sequence_length=options.length,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+    )
+
+
+def wrap(models: list[GPTModel]) -> list[DistributedDataParallel]:
+    """Put Megatron's data-parallel wrapper, which has the gradient buffers, around each."""
+    return [
+        DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        for model in models
     ]
 
 
@@ -110,10 +145,7 @@ class Trainer:
         self.cost = token_cost(options)
         models = make_chunks(options, num_chunks)
         self.config = models[0].config
-        self.chunks = [
-            DistributedDataParallel(self.config, DistributedDataParallelConfig(), model)
-            for model in models
-        ]
+        self.chunks = wrap(models)
         self.config.finalize_model_grads_func = finalize_model_grads
         no_sync = [chunk.no_sync for chunk in self.chunks]
         self.config.no_sync_func = no_sync if num_chunks > 1 else no_sync[0]
@@ -141,7 +173,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         dist.barrier()
         reports = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=forward_step,
             data_iterator=[repeat(self.batch)] * num_chunks if virtual else repeat(self.batch),
             model=self.chunks if virtual else self.chunks[0],
             num_microbatches=num_micro_batches,
@@ -169,7 +201,8 @@ def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
     return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
 
 
-def _forward_step(data: Any, model: Any) -> Any:
+def forward_step(data: Any, model: Any) -> Any:
+    """Megatron's forward step function; it knows nothing of sub-sequences."""
     batch = get_batch_on_this_cp_rank(
         dict(next(data)),
         is_hybrid_cp=False,

@@ -10,6 +10,8 @@ from megatron.core import parallel_state
 from megatron.adaptor import fallbacks, metrics, trace, weight_gradients
 from megatron.adaptor.attention import local_attention, transformer_engine_attention
 from megatron.adaptor.batch import BatchCutter
+from megatron.adaptor.experts import RouterLosses
+from megatron.adaptor.norms import sequence_parallel_norm
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.positions import rotary_offset
 from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
@@ -28,6 +30,7 @@ class Session:
     def __init__(self, device: str) -> None:
         self.context = ExecutionContext()
         self.cutter = BatchCutter(self.context)
+        self.router_losses = RouterLosses(self.context)
         self.meter = metrics.StepMeter(self.context, device)
         self.settings: Settings | None = None
         self._args: argparse.Namespace | None = None
@@ -115,6 +118,13 @@ class Session:
                 local_attention(self.context),
             ),
             *self._transformer_engine_patches(),
+            *self._expert_patches(),
+            Patch(
+                f"{_CORE}.transformer.torch_norm:WrappedTorchNorm.__new__",
+                ("config", "hidden_size", "eps"),
+                "gives sequence parallelism norms where apex is missing",
+                sequence_parallel_norm,
+            ),
             Patch(
                 f"{_CORE}.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",
                 ("max_seq_len", "offset"),
@@ -128,6 +138,23 @@ class Session:
                 "rotary positions of a sub-sequence start at its offset",
                 rotary_offset(self.context),
             ),
+        ]
+
+    def _expert_patches(self) -> list[Patch]:
+        moe = f"{_CORE}.transformer.moe"
+        router, exact = f"{moe}.router:TopKRouter", "keeps auxiliary losses of sub-sequences exact"
+        return [
+            Patch(f"{router}.routing", ("logits",), exact, self.router_losses.routing),
+            Patch(f"{router}._apply_aux_loss", ("probs",), exact, self.router_losses.method),
+            Patch(f"{router}._apply_seq_aux_loss", ("probs",), exact, self.router_losses.method),
+            Patch(f"{router}.apply_z_loss", ("logits",), exact, self.router_losses.method),
+            Patch(
+                f"{moe}.moe_utils:switch_load_balancing_loss_func",
+                ("probs", "tokens_per_expert", "total_num_tokens", "topk", "num_experts"),
+                exact,
+                self.router_losses.balance,
+            ),
+            Patch(f"{moe}.moe_utils:z_loss_func", ("logits",), exact, self.router_losses.z_loss),
         ]
 
     def _transformer_engine_patches(self) -> list[Patch]:
@@ -179,6 +206,7 @@ class Session:
         from megatron.adaptor.step import Step, describe, make_channel_groups
 
         assert self.settings is not None
+        self.router_losses.forget()
         step = Step(self.settings, self.context, self.cutter, **kwargs)
         key = step.groups.pp, step.schedule.num_chunks > 1
         if key not in self._groups:

@@ -263,6 +263,14 @@ def _feature_faults(args: argparse.Namespace) -> list[str]:
     return [f"{flag} {advice}" for is_set, flag, advice in _UNSUPPORTED if is_set(args)]
 
 
+_ROUTINGS = frozenset({"aux_loss", "seq_aux_loss", "none"})
+
+
+def _routings(args: argparse.Namespace) -> list[str]:
+    kinds = args.moe_router_load_balancing_type
+    return [kinds] if isinstance(kinds, str) else list(kinds)
+
+
 def _truthy(name: str) -> Callable[[argparse.Namespace], bool]:
     return lambda args: bool(getattr(args, name, None))
 
@@ -280,9 +288,15 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
         "must be 1 with sub-sequences: raise --tensor-model-parallel-size or the splits instead",
     ),
     (
-        lambda args: bool(args.num_experts),
-        "--num-experts",
-        "(mixture of experts) is not supported with sub-sequences: use --seq1f1b-splits 1",
+        lambda args: bool(args.num_experts) and args.moe_expert_capacity_factor is not None,
+        "--moe-expert-capacity-factor",
+        "drops other tokens of a sub-sequence than of the whole: leave it out, and none is dropped",
+    ),
+    (
+        lambda args: bool(args.num_experts) and not _ROUTINGS.issuperset(_routings(args)),
+        "--moe-router-load-balancing-type",
+        f"must be of {', '.join(sorted(_ROUTINGS))} with sub-sequences; the others balance over "
+        "other tokens than one sub-sequence has",
     ),
     (_truthy("multi_latent_attention"), "--multi-latent-attention", _REMOVE),
     (_truthy("mtp_num_layers"), "--mtp-num-layers", _REMOVE),
@@ -319,6 +333,14 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
 )
 
 
+def _ffn_width(args: argparse.Namespace) -> int:
+    """Return the width that one token goes through, over all experts that it is sent to."""
+    if not args.num_experts:
+        return args.ffn_hidden_size
+    expert = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    return expert * args.moe_router_topk + (args.moe_shared_expert_intermediate_size or 0)
+
+
 def _token_cost(args: argparse.Namespace) -> TokenCost:
     return TokenCost.of_transformer(
         num_layers=args.num_layers,
@@ -326,7 +348,7 @@ def _token_cost(args: argparse.Namespace) -> TokenCost:
         num_attention_heads=args.num_attention_heads,
         kv_channels=args.kv_channels,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        ffn_hidden_size=args.ffn_hidden_size,
+        ffn_hidden_size=_ffn_width(args),
         gated_linear_unit=args.swiglu,
         vocab_size=getattr(args, "padded_vocab_size", None) or 0,
     )

@@ -27,6 +27,7 @@ class Case:
     recompute: bool = False
     loss: str = "sum"
     per_token: bool = False
+    experts: str | None = None
 
 
 def worst_gradient_error(case: Case) -> float:
@@ -107,7 +108,23 @@ def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) 
         recompute_granularity="full" if case.recompute else None,
         recompute_method="uniform" if case.recompute else None,
         recompute_num_layers=1 if case.recompute else None,
+        **_experts(case),
     )
+
+
+def _experts(case: Case) -> dict[str, Any]:
+    """Return the settings of a mixture of experts, balanced by ``case.experts``."""
+    if case.experts is None:
+        return {}
+    return {
+        "add_bias_linear": False,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": case.experts,
+        "moe_aux_loss_coeff": 0.0 if case.experts == "none" else 0.5,
+        "moe_z_loss_coeff": None if case.experts == "none" else 0.1,
+    }
 
 
 def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> Any:
@@ -116,7 +133,9 @@ def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> A
 
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=False
+        ),
         vocab_size=VOCAB,
         max_sequence_length=case.length,
         pre_process=first,
@@ -244,11 +263,13 @@ def _run_whole(case: Case, model: Any, data: list[dict[str, Any]]) -> list[Tenso
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         total, count = (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
         if case.per_token:
-            everything = sum(b["loss_mask"].sum() for b in data)
-            (total / everything).backward()
+            total.backward()
         else:
             (total / count / case.num_micro_batches).backward()
         losses.append((total / count).detach())
+    if case.per_token:
+        for parameter in model.parameters():
+            parameter.grad /= sum(batch["loss_mask"].sum() for batch in data)
     return losses
 
 

@@ -64,3 +64,19 @@ def test_split_backwards_with_every_feature(workers):
         {"per_token": True},
     )
     check(workers, 2, [replace(plain, **feature) for feature in features])
+
+
+@pytest.mark.timeout(400)
+def test_experts_and_their_losses(workers):
+    """The losses that balance experts are those of whole micro-batches, to rounding."""
+    plain = Case(2, 3, 4, experts="aux_loss")
+    others = (
+        {},
+        {"experts": "none"},
+        {"experts": "seq_aux_loss"},
+        {"per_token": True},
+        {"recompute": True},
+        {"kind": "zb-h1"},
+        {"num_chunks": 2, "kind": "greedy"},
+    )
+    check(workers, 2, [replace(plain, **other) for other in others])
