@@ -38,6 +38,7 @@ _BASE = shlex.split(
     "--attention-dropout 0 --pipeline-model-parallel-size 2"
 )
 
+_EXPERTS = ("--seq1f1b-splits", "4", "--num-experts", "4", "--disable-bias-linear")
 _GREEDY = ("--seq1f1b-splits", "4", "--seq1f1b-schedule", "greedy")
 
 REFUSED = {
@@ -82,9 +83,13 @@ REFUSED = {
         ["--seq1f1b-splits", "4", "--context-parallel-size", "2"],
         ["--context-parallel-size must be 1"],
     ),
-    "mixture of experts": (
-        ["--seq1f1b-splits", "4", "--num-experts", "4"],
-        ["--num-experts", "use --seq1f1b-splits 1"],
+    "experts that drop tokens": (
+        [*_EXPERTS, "--moe-expert-capacity-factor", "1.5"],
+        ["--moe-expert-capacity-factor drops other tokens", "leave it out"],
+    ),
+    "experts balanced over steps": (
+        [*_EXPERTS, "--moe-router-load-balancing-type", "global_aux_loss"],
+        ["--moe-router-load-balancing-type must be of aux_loss, none, seq_aux_loss"],
     ),
     "reset attention mask": (
         ["--seq1f1b-splits", "4", "--reset-attention-mask"],

@@ -66,6 +66,20 @@ def test_tensor_and_pipeline_parallel_losses_are_those_of_one_split(tmp_path):
     assert whole[-1]["lm_loss"] < whole[0]["lm_loss"]
 
 
+def test_sequence_and_expert_parallel_losses_are_those_of_one_split(tmp_path):
+    flags = shlex.split(
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --num-experts 4 "
+        "--moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 "
+        "--moe-z-loss-coeff 1e-3 --disable-bias-linear --normalization RMSNorm --swiglu "
+        "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"
+    )
+    whole, cut = (train(tmp_path, 4, *flags, "--seq1f1b-splits", s) for s in (1, 3))
+    losses = [[entry["lm_loss"] for entry in entries] for entries in (whole, cut)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][-1] < losses[1][0]
+
+
 @pytest.mark.parametrize("kind, virtual", [("zb-h1", ()), ("greedy", (_VIRTUAL, 2))])
 def test_split_backwards_with_overlapped_reduction(tmp_path, kind, virtual):
     flags = (
