@@ -20,8 +20,11 @@ class LayerCarry:
     these buffers; the backward reads them again, and nothing before it overwrites a prefix.
     """
 
-    def __init__(self, pool: "CarryPool", keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self, pool: "CarryPool", keys: Tensor, values: Tensor, *, reuse: bool = True
+    ) -> None:
         self._pool = pool
+        self._reuse = reuse
         self.keys = keys
         self.values = values
         self._key_gradients: Tensor | None = None
@@ -54,7 +57,7 @@ class LayerCarry:
         """Give all buffers back to the pool."""
         for buffer in (self.keys, self.values, self._key_gradients, self._value_gradients):
             if buffer is not None:
-                self._pool.give_back(buffer)
+                self._pool.give_back(buffer, reuse=self._reuse)
         self._key_gradients = self._value_gradients = None
 
     def _accumulator(self, like: Tensor, num_tokens: int) -> Tensor:
@@ -78,12 +81,20 @@ class CarryPool:
         self.on_take: Callable[[], None] | None = None
 
     def carry(
-        self, micro_batch: Hashable, layer: Hashable, total: int, keys: Tensor, values: Tensor
+        self,
+        micro_batch: Hashable,
+        layer: Hashable,
+        total: int,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        reuse: bool = True,
     ) -> LayerCarry:
         """Return the carry of ``layer`` for ``micro_batch``, made on first use.
 
         ``total`` is the length of the micro-batch's sequence; ``keys`` and ``values`` are those of
-        any sub-sequence, ``[n, b, kv heads, dim]``: they give shape, type and device.
+        any sub-sequence, ``[n, b, kv heads, dim]``: they give shape, type and device. Without
+        ``reuse`` the buffers are not kept: no later one is likely to have their length.
         """
         carries = self._carries[micro_batch]
         if layer not in carries:
@@ -91,6 +102,7 @@ class CarryPool:
                 self,
                 self.take((total, *keys.shape[1:]), keys.dtype, keys.device),
                 self.take((total, *values.shape[1:]), values.dtype, values.device),
+                reuse=reuse,
             )
         return carries[layer]
 
@@ -113,9 +125,12 @@ class CarryPool:
             self.on_take()
         return buffer
 
-    def give_back(self, buffer: Tensor) -> None:
-        """Take back a buffer that was handed out."""
-        self._free[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
+    def give_back(self, buffer: Tensor, *, reuse: bool = True) -> None:
+        """Take back a buffer that was handed out; keep it for the next only with ``reuse``."""
+        if reuse:
+            self._free[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
+        else:
+            self.bytes_held -= buffer.nbytes
         self.bytes_in_use -= buffer.nbytes
 
     def check_whole(self) -> None:

@@ -37,6 +37,54 @@ def causal_attention(
     return _WholeCausal.apply(query, key, value, scale, kernel)
 
 
+def forward_with_carry(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    carry: LayerCarry,
+    part: SubSequence,
+    scale: float,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor]:
+    """Store keys and values in ``carry`` and return output and log-sum-exp; autograd sees nothing.
+
+    Shapes are those of ``Kernel``.
+    """
+    carry.write(part, key, value)
+    return kernel.forward(query, carry.keys[: part.stop], carry.values[: part.stop], scale)
+
+
+def backward_with_carry(
+    grad_output: Tensor,
+    query: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    carry: LayerCarry,
+    part: SubSequence,
+    scale: float,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, with those that later parts left in ``carry``.
+
+    Gradients of the prefix are added to its accumulators.
+    """
+    grad_query, grad_key, grad_value = kernel.backward(
+        grad_output,
+        query,
+        carry.keys[: part.stop],
+        carry.values[: part.stop],
+        output,
+        log_sum_exp,
+        scale,
+        carry.gradients_before(part) if part.start else None,
+    )
+    from_later = carry.gradients_of(part)
+    if from_later is not None:
+        grad_key = (from_later[0] + grad_key).to(grad_key.dtype)
+        grad_value = (from_later[1] + grad_value).to(grad_value.dtype)
+    return grad_query, grad_key, grad_value
+
+
 class _PrefixCausal(torch.autograd.Function):
     """Keys and values go into the carry; their gradients come back through its accumulators."""
 
@@ -51,11 +99,9 @@ class _PrefixCausal(torch.autograd.Function):
         scale: float,
         kernel: Kernel,
     ) -> Tensor:
-        carry.write(part, key, value)
         # A view of the fused projection would keep its keys and values alive as well.
         query = query.contiguous()
-        keys, values = carry.keys[: part.stop], carry.values[: part.stop]
-        output, log_sum_exp = kernel.forward(query, keys, values, scale)
+        output, log_sum_exp = forward_with_carry(query, key, value, carry, part, scale, kernel)
         ctx.save_for_backward(query, output, log_sum_exp)
         ctx.carry, ctx.part, ctx.scale, ctx.kernel = carry, part, scale, kernel
         return output
@@ -63,23 +109,17 @@ class _PrefixCausal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         query, output, log_sum_exp = ctx.saved_tensors
-        carry: LayerCarry = ctx.carry
-        part: SubSequence = ctx.part
-        grad_query, grad_key, grad_value = ctx.kernel.backward(
+        grads = backward_with_carry(
             grad_output.contiguous(),
             query,
-            carry.keys[: part.stop],
-            carry.values[: part.stop],
             output,
             log_sum_exp,
+            ctx.carry,
+            ctx.part,
             ctx.scale,
-            carry.gradients_before(part) if part.start else None,
+            ctx.kernel,
         )
-        from_later = carry.gradients_of(part)
-        if from_later is not None:
-            grad_key = (from_later[0] + grad_key).to(grad_key.dtype)
-            grad_value = (from_later[1] + grad_value).to(grad_value.dtype)
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return *grads, None, None, None, None
 
 
 class _WholeCausal(torch.autograd.Function):

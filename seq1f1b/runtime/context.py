@@ -1,24 +1,36 @@
 """The one object that knows which action is running, for the layers that have to know."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
-from seq1f1b.attention import CarryPool, causal_attention, choose_kernel
+from seq1f1b.attention import (
+    CarryPool,
+    LayerCarry,
+    causal_attention,
+    choose_kernel,
+    packed_attention,
+)
 from seq1f1b.runtime.weight_gradients import Accumulate, WeightGradients
 from seq1f1b.schedule import Action, Kind
-from seq1f1b.sequence import SubSequence
+from seq1f1b.sequence import Documents, SubSequence
 
 
 class ExecutionContext:
-    """Holds one rank's running action, its KV carries and its waiting weight gradients."""
+    """Holds one rank's running action, its KV carries and its waiting weight gradients.
+
+    ``documents``, set for a step whose sequences are packed, has for each micro-batch the documents
+    of every row; None means that each row is one document.
+    """
 
     def __init__(self, kernel: str | None = None) -> None:
         self.carries = CarryPool()
         self.weight_gradients = WeightGradients()
         self.action: Action | None = None
         self.part: SubSequence | None = None
+        self.documents: Sequence[Sequence[Documents]] | None = None
         self.use_kernel(kernel)
 
     def use_kernel(self, name: str | None) -> None:
@@ -48,6 +60,17 @@ class ExecutionContext:
         micro-batch, the tensors are the whole sequence and nothing is carried.
         """
         kernel = choose_kernel(query, key, value, self._kernel)
+        if self.action is not None and self.part is not None and self.documents is not None:
+            return packed_attention(
+                query,
+                key,
+                value,
+                kernel=kernel,
+                scale=scale,
+                part=self.part,
+                documents=self.documents[self.action.micro_batch],
+                carry_of=partial(self._document_carry, self.action, layer),
+            )
         if self.action is None or self.part is None or self.part.length == self.part.total:
             return causal_attention(query, key, value, kernel=kernel, scale=scale)
         owner = self.action.chunk, self.action.micro_batch
@@ -55,6 +78,20 @@ class ExecutionContext:
         return causal_attention(
             query, key, value, kernel=kernel, scale=scale, carry=carry, part=self.part
         )
+
+    def _document_carry(
+        self,
+        action: Action,
+        layer: object,
+        row: int,
+        document: int,
+        total: int,
+        keys: Tensor,
+        values: Tensor,
+    ) -> LayerCarry:
+        owner = action.chunk, action.micro_batch
+        place = layer, row, document
+        return self.carries.carry(owner, place, total, keys, values, reuse=False)
 
     @property
     def defers_weight_gradients(self) -> bool:

@@ -1,6 +1,7 @@
 """How the sequence of one micro-batch is cut into sub-sequences."""
 
-from seq1f1b.sequence.flops import TokenCost
+from seq1f1b.sequence.documents import Documents
+from seq1f1b.sequence.flops import PackedCost, TokenCost
 from seq1f1b.sequence.partition import (
     BALANCE_METHODS,
     PartitionError,
@@ -11,6 +12,8 @@ from seq1f1b.sequence.sub_sequence import SubSequence, sub_sequences
 
 __all__ = [
     "BALANCE_METHODS",
+    "Documents",
+    "PackedCost",
     "PartitionError",
     "SubSequence",
     "TokenCost",

@@ -10,7 +10,12 @@ same two terms), and twice that in the backward pass.
 """
 
 import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from seq1f1b.sequence.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -68,3 +73,46 @@ class TokenCost:
             return budget / self.linear
         slope = self.linear + self.attention / 2
         return 2 * budget / (slope + math.sqrt(slope * slope + 2 * self.attention * budget))
+
+
+class PackedCost:
+    """Forward operations of a micro-batch whose rows are packed with documents.
+
+    A token attends to what lies before it in its own document, so its cost follows from its
+    position there. Between two neighbouring starts of documents the cost of all rows together is a
+    parabola in the position, which makes both directions closed formulas.
+    """
+
+    def __init__(self, cost: TokenCost, rows: Sequence[Documents]) -> None:
+        """``rows`` are as long as each other; raises ValueError when they are not."""
+        totals = {row.total for row in rows}
+        if len(totals) != 1:
+            raise ValueError(f"rows of one micro-batch are equally long, not {sorted(totals)}")
+        self._curve = cost.attention * len(rows) / 2
+        base = cost.linear * len(rows) + self._curve
+        self._breaks = sorted({start for row in rows for start in row.starts})
+        self._slopes: list[float] = []
+        self._costs: list[float] = []
+        before = 0.0
+        for start, stop in pairwise([*self._breaks, *totals]):
+            depth = sum(start - row.starts[row.at(start)] for row in rows)
+            self._slopes.append(base + cost.attention * depth)
+            self._costs.append(before)
+            before += (self._slopes[-1] + self._curve * (stop - start)) * (stop - start)
+
+    def of(self, start: int, stop: int) -> float:
+        """Forward operations of tokens ``[start, stop)`` of all rows."""
+        return self.of_first(stop) - self.of_first(start)
+
+    def of_first(self, tokens: float) -> float:
+        """Forward operations of the first ``tokens`` tokens of all rows."""
+        index = max(bisect_left(self._breaks, tokens) - 1, 0)
+        beyond = tokens - self._breaks[index]
+        return self._costs[index] + (self._slopes[index] + self._curve * beyond) * beyond
+
+    def tokens_within(self, budget: float) -> float:
+        """Return how many leading tokens cost ``budget``: the inverse of ``of_first``."""
+        index = bisect_right(self._costs, budget) - 1
+        rest, slope = budget - self._costs[index], self._slopes[index]
+        root = math.sqrt(slope * slope + 4 * self._curve * rest)
+        return self._breaks[index] + 2 * rest / (slope + root)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
-from seq1f1b.sequence.flops import TokenCost
+from seq1f1b.sequence.flops import PackedCost, TokenCost
 
 BalanceMethod = Literal["average", "uniform_comp"]
 BALANCE_METHODS: tuple[BalanceMethod, ...] = get_args(BalanceMethod)
@@ -19,7 +19,7 @@ def partition(
     num_splits: int,
     *,
     method: BalanceMethod = "average",
-    cost: TokenCost | None = None,
+    cost: TokenCost | PackedCost | None = None,
     multiple: int = 1,
 ) -> tuple[int, ...]:
     """Cut ``length`` tokens into ``num_splits`` sub-sequences.
@@ -28,7 +28,7 @@ def partition(
     because early tokens cost less. ``uniform_comp`` puts cut i where the tokens before it hold
     i / num_splits of ``cost`` (arXiv 2406.03488, section 3.3), solved in closed form and rounded to
     ``multiple``, the number of tokens that tensor, context and sequence parallelism deal out
-    together.
+    together. A ``PackedCost`` makes that the cut of one micro-batch's own documents.
 
     Returns the lengths, each a positive multiple of ``multiple``; they sum to ``length``.
     Raises PartitionError when there are fewer tokens than that takes.
@@ -66,7 +66,7 @@ def partition(
     return tuple((after - before) * multiple for before, after in pairwise(cuts))
 
 
-def imbalance(lengths: Sequence[int], cost: TokenCost) -> float:
+def imbalance(lengths: Sequence[int], cost: TokenCost | PackedCost) -> float:
     """Return by how much the dearest sub-sequence exceeds the mean: 0.0 is perfect balance."""
     cuts = [0, *accumulate(lengths)]
     costs = [cost.of(start, stop) for start, stop in pairwise(cuts)]

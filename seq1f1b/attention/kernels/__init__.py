@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from seq1f1b.attention.kernels.cpu_flash import CpuFlash
-from seq1f1b.attention.kernels.interface import Kernel
+from seq1f1b.attention.kernels.interface import Kernel, PackedKernel
 from seq1f1b.attention.kernels.reference import Reference
 from seq1f1b.attention.kernels.torch_flash import TorchFlash
 
@@ -29,4 +29,4 @@ def choose_kernel(query: Tensor, key: Tensor, value: Tensor, name: str | None = 
     return KERNELS[name]
 
 
-__all__ = ["KERNELS", "Kernel", "choose_kernel"]
+__all__ = ["KERNELS", "Kernel", "PackedKernel", "choose_kernel"]

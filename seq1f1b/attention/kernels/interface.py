@@ -1,6 +1,6 @@
 """What an attention kernel offers."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -44,4 +44,33 @@ class Kernel(Protocol):
         Gradients of the first c keys and values are added to ``prefix_gradients``, two tensors of
         c rows (None if c is 0).
         """
+        ...
+
+
+@runtime_checkable
+class PackedKernel(Kernel, Protocol):
+    """A kernel that computes documents of different lengths in one call.
+
+    Shapes are those of ``Kernel`` with no prefix and a batch of 1: documents of ``lengths`` tokens
+    lie one behind the other, and each one's tokens attend causally within it.
+    """
+
+    def forward_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See Kernel.forward."""
+        ...
+
+    def backward_packed(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of query, key and value."""
         ...

@@ -3,6 +3,9 @@
 Its causal mask is aligned to the bottom right, so one call serves a sub-sequence with its prefix.
 """
 
+from functools import lru_cache
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -71,3 +74,55 @@ class TorchFlash:
             prefix_gradients[0].add_(grad_key[:prefix])
             prefix_gradients[1].add_(grad_value[:prefix])
         return grad_query, grad_key[prefix:], grad_value[prefix:]
+
+    def forward_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See PackedKernel; the log-sum-exp has the kernel's own layout."""
+        q, k, v = (x[:, 0] for x in (query, key, value))
+        bounds, longest = _bounds(lengths, query.device), max(lengths)
+        output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, bounds, bounds, longest, longest, _NO_DROPOUT, True, False, scale=scale
+        )
+        return output[:, None], log_sum_exp
+
+    def backward_packed(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See PackedKernel."""
+        grad, q, k, v, out = (x[:, 0] for x in (grad_output, query, key, value, output))
+        bounds, longest = _bounds(lengths, query.device), max(lengths)
+        unused = torch.empty(0, dtype=torch.uint64, device=query.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad,
+            q,
+            k,
+            v,
+            out,
+            log_sum_exp,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            _NO_DROPOUT,
+            True,
+            unused,
+            unused,
+            scale=scale,
+        )
+        grad_query, grad_key, grad_value = (x[:, None] for x in grads)
+        return grad_query, grad_key, grad_value
+
+
+@lru_cache(maxsize=256)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return cumulative lengths as the kernel takes them; all layers of an action share them."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
