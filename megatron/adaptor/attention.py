@@ -8,12 +8,15 @@ from torch import Tensor
 from seq1f1b.runtime import ExecutionContext
 
 
-def local_attention(context: ExecutionContext) -> Callable[[Callable[..., Tensor]], Any]:
+def local_attention(
+    context: ExecutionContext, masks_count: Callable[[], bool] = lambda: False
+) -> Callable[[Callable[..., Tensor]], Any]:
     """Make the replacement of ``DotProductAttention.forward``.
 
     Its own way builds the matrix of all scores. Where it would compute plain causal attention, the
     flash kernels of ``context`` do, on whole sequences too, so that schedules are compared with the
-    same attention on both sides. Anything else goes to Megatron unless a sub-sequence runs.
+    same attention on both sides. Anything else goes to Megatron unless the executor must do it.
+    ``masks_count`` says whether masks are more than causal where the executor does not run.
     """
 
     def replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -28,9 +31,10 @@ def local_attention(context: ExecutionContext) -> Callable[[Callable[..., Tensor
             packed_seq_params: Any = None,
         ) -> Tensor:
             obstacle = _obstacle(self, attn_mask_type, attention_bias, packed_seq_params)
-            if obstacle is None:
+            needs_mask = attention_mask is not None and context.action is None and masks_count()
+            if obstacle is None and not needs_mask:
                 return context.attend(self, query, key, value, _local_scale(self)).flatten(2)
-            if is_cut(context):
+            if obstacle is not None and needs_context(context):
                 raise ValueError(f"layer {self.layer_number}: {obstacle}")
             return original(
                 self,
@@ -65,7 +69,7 @@ def transformer_engine_attention(
             packed_seq_params: Any = None,
             **kwargs: Any,
         ) -> Tensor:
-            if is_cut(context):
+            if needs_context(context):
                 obstacle = _obstacle(self, attn_mask_type, attention_bias, packed_seq_params)
                 if obstacle:
                     raise ValueError(obstacle)
@@ -88,9 +92,11 @@ def transformer_engine_attention(
     return replacement
 
 
-def is_cut(context: ExecutionContext) -> bool:
-    """Whether the running action works on less than a whole micro-batch."""
-    return context.part is not None and context.part.length < context.part.total
+def needs_context(context: ExecutionContext) -> bool:
+    """Whether the running action works on less than a whole micro-batch, or on packed documents."""
+    if context.part is None:
+        return False
+    return context.documents is not None or context.part.length < context.part.total
 
 
 def _obstacle(

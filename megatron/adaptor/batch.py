@@ -5,7 +5,8 @@ Training scripts fetch a whole micro-batch in every forward step and pass it thr
 lets scripts work that know nothing of sub-sequences.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +17,15 @@ _UNCUT = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hyb
 
 
 class Replay:
-    """The data iterator of one model chunk, which repeats a micro-batch until told to go on."""
+    """The data iterator of one model chunk, which repeats a micro-batch until told to go on.
 
-    def __init__(self, source: Iterator[Any]) -> None:
+    ``hidden`` names entries that are handed out as None.
+    """
+
+    def __init__(self, source: Iterator[Any], hidden: Sequence[str] = ()) -> None:
         self._source = source
+        self._hidden = hidden
+        self._ahead: deque[Any] = deque()
         self._current: Any = None
         self._wants_next = True
 
@@ -28,10 +34,18 @@ class Replay:
 
     def __next__(self) -> Any:
         if self._wants_next:
-            self._current = next(self._source)
+            self._current = self._ahead.popleft() if self._ahead else next(self._source)
             self._wants_next = False
-        # Scripts take entries out of the dict that they get.
-        return dict(self._current) if isinstance(self._current, dict) else self._current
+        if not isinstance(self._current, dict):
+            return self._current
+        # A copy, because scripts take entries out of the dict that they get.
+        hidden = {key: None for key in self._hidden if key in self._current}
+        return {**self._current, **hidden}
+
+    def read_ahead(self, number: int) -> list[Any]:
+        """Return the next ``number`` micro-batches, nothing hidden; they are handed out as ever."""
+        self._ahead.extend(next(self._source) for _ in range(number))
+        return list(self._ahead)
 
     def go_on(self) -> None:
         """The next fetch is for a new micro-batch."""

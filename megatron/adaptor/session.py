@@ -115,7 +115,7 @@ class Session:
                 f"{_CORE}.transformer.dot_product_attention:DotProductAttention.forward",
                 ("query", "key", "value", "attention_mask", "packed_seq_params"),
                 "attends to earlier sub-sequences, with flash kernels instead of the full matrix",
-                local_attention(self.context),
+                local_attention(self.context, self._masks_count),
             ),
             *self._transformer_engine_patches(),
             *self._expert_patches(),
@@ -157,6 +157,12 @@ class Session:
             Patch(f"{moe}.moe_utils:z_loss_func", ("logits",), exact, self.router_losses.z_loss),
         ]
 
+    def _masks_count(self) -> bool:
+        """Whether masks tell documents apart: only where the executor does not."""
+        if self._args is not None:
+            return self._args.reset_attention_mask
+        return self.settings is not None and self.settings.packing is not None
+
     def _transformer_engine_patches(self) -> list[Patch]:
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -180,8 +186,11 @@ class Session:
     def _validate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def validate_args(args: argparse.Namespace, defaults: Any = None) -> Any:
             result = original(args, defaults or {})
-            _, faults = settings_from(args)
+            settings, faults = settings_from(args)
             refuse(faults, args.rank)
+            if settings.packing is not None and settings.runs_executor:
+                # All stages get the documents' boundaries; nobody reads an s x s mask.
+                args.create_attention_mask_in_dataloader = False
             self._args = args
             self.meter.before_step = self._before_step
             return result
@@ -211,7 +220,7 @@ class Session:
         key = step.groups.pp, step.schedule.num_chunks > 1
         if key not in self._groups:
             self._groups[key] = make_channel_groups(key[0], interleaved=key[1])
-            print_rank_0(f"> {describe(step.schedule)}; lengths {_lengths(step.parts)}")
+            print_rank_0(f"> {describe(step.schedule)}; lengths {self._lengths(step.parts[0])}")
         return self.meter.measure(kwargs["model"], lambda clock: step.run(self._groups[key], clock))
 
     def _training_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,6 +270,8 @@ class Session:
         if file is not None:
             metrics.append_json(entry, file)
 
-
-def _lengths(parts: Any) -> str:
-    return ", ".join(str(part.length) for part in parts)
+    def _lengths(self, parts: Any) -> str:
+        assert self.settings is not None
+        if self.settings.packing is not None and self.settings.balance_method == "uniform_comp":
+            return "by the documents of each micro-batch"
+        return ", ".join(str(part.length) for part in parts)

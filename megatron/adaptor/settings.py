@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from megatron.adaptor.documents import Packing
 from seq1f1b.attention.kernels import KERNELS
 from seq1f1b.schedule import (
     Schedule,
@@ -19,6 +20,8 @@ from seq1f1b.schedule import (
 )
 from seq1f1b.sequence import (
     BALANCE_METHODS,
+    Documents,
+    PackedCost,
     PartitionError,
     SubSequence,
     TokenCost,
@@ -47,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=BALANCE_METHODS,
         default="uniform_comp",
         help="Where to cut: average makes sub-sequences of equal length, uniform_comp of equal "
-        "computation, since later tokens attend to more. (default: %(default)s)",
+        "computation, since later tokens attend to more; with packed documents each micro-batch is "
+        "cut by its own. (default: %(default)s)",
     )
     group.add_argument(
         "--enable-seq1f1b",
@@ -58,11 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--seq1f1b-schedule",
         choices=SCHEDULES,
         default="auto",
-        help="auto runs one split in Megatron's own loop and more under Seq1F1B, interleaved with "
-        "virtual stages; 1f1b runs one split in the executor of Seq1F1B too; zb-h1 puts weight "
-        "gradients off to fill gaps (Zero Bubble's ZB-H1 on sub-sequences); greedy orders forwards "
-        "and both halves of backwards to the shortest simulated step, with virtual stages or "
-        "without. (default: %(default)s)",
+        help="auto runs one split in Megatron's own loop and more, or packed documents, under "
+        "Seq1F1B, interleaved with virtual stages; 1f1b runs one split in its executor too; zb-h1 "
+        "puts weight gradients off to fill gaps (Zero Bubble's ZB-H1 on sub-sequences); greedy "
+        "orders forwards and both halves of backwards to the shortest simulated step, with virtual "
+        "stages or without. (default: %(default)s)",
     )
     group.add_argument(
         "--seq1f1b-max-live",
@@ -109,6 +113,7 @@ class Settings:
 
     kind: of schedule, one of SCHEDULES. max_live: see ``greedy``.
     multiple: what every sub-sequence length must be a multiple of.
+    packing: how documents in a sequence are told apart; None when they are not.
     """
 
     num_splits: int
@@ -122,11 +127,15 @@ class Settings:
     max_live: int | None = None
     trace_file: str | None = None
     trace_iteration: int = 0
+    packing: Packing | None = None
 
     @property
     def runs_executor(self) -> bool:
-        """Whether the executor of Seq1F1B runs the steps, and not Megatron's own loop."""
-        return self.num_splits > 1 or self.kind != "auto"
+        """Whether the executor of Seq1F1B runs the steps, and not Megatron's own loop.
+
+        That loop does not tell middle stages of documents, so one split of them runs here too.
+        """
+        return self.num_splits > 1 or self.kind != "auto" or self.packing is not None
 
     @property
     def splits_backwards(self) -> bool:
@@ -142,14 +151,19 @@ class Settings:
         """
         return _schedule(self, num_stages, num_chunks, num_micro_batches, trains)
 
-    def cut(self, length: int) -> tuple[SubSequence, ...]:
-        """Return the sub-sequences of a micro-batch of ``length`` tokens."""
+    def cut(
+        self, length: int, documents: Sequence[Documents] | None = None
+    ) -> tuple[SubSequence, ...]:
+        """Return the sub-sequences of a micro-batch of ``length`` tokens.
+
+        ``documents`` are those of each of its rows, which the cut then takes into account.
+        """
         return sub_sequences(
             partition(
                 length,
                 self.num_splits,
                 method=self.balance_method,
-                cost=self.cost,
+                cost=PackedCost(self.cost, documents) if documents else self.cost,
                 multiple=self.multiple,
             )
         )
@@ -184,6 +198,8 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     if num_splits is None:
         num_splits = MINDSPEED_SPLITS if args.enable_seq1f1b else 1
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    features = _feature_faults(args)
+    asked = num_splits > 1 or args.seq1f1b_schedule != "auto"
     settings = Settings(
         num_splits=num_splits,
         balance_method=args.seq1f1b_balance_method,
@@ -196,10 +212,11 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         max_live=args.seq1f1b_max_live,
         trace_file=args.seq1f1b_trace_file,
         trace_iteration=args.seq1f1b_trace_iteration,
+        packing=_packing(args) if asked or not features else None,
     )
     faults = [*_split_faults(settings, args), *_schedule_faults(settings, args)]
-    if settings.runs_executor:
-        faults += _feature_faults(args)
+    if asked:
+        faults += features
     return settings, faults
 
 
@@ -258,9 +275,36 @@ def _schedule_faults(settings: Settings, args: argparse.Namespace) -> Iterator[s
         )
 
 
+def _packing(args: argparse.Namespace) -> Packing | None:
+    """Return how the data that these flags make tells documents apart."""
+    for name, flag in (
+        ("sft", "--sft"),
+        ("dataloader_inter_document_masking", "--dataloader-inter-document-masking"),
+    ):
+        if getattr(args, name, False):
+            return Packing(flag, "cu_seqlens")
+    if not args.reset_attention_mask:
+        return None
+    if args.reset_position_ids:
+        return Packing("--reset-attention-mask", "position_ids")
+    return Packing("--reset-attention-mask", "tokens", _end_of_document)
+
+
+def _end_of_document() -> int:
+    from megatron.training import get_tokenizer
+
+    return int(get_tokenizer().eod)
+
+
 def _feature_faults(args: argparse.Namespace) -> list[str]:
     """Return a line for every flag that the executor does not support, with what to do."""
-    return [f"{flag} {advice}" for is_set, flag, advice in _UNSUPPORTED if is_set(args)]
+    faults = {flag: advice for is_set, flag, advice in _UNSUPPORTED if is_set(args)}
+    packing = _packing(args)
+    if packing is not None:
+        for is_set, flag in _UNSUPPORTED_PACKED:
+            if is_set(args):
+                faults.setdefault(flag, f"cannot go with {packing.flag}: leave one of them out")
+    return [f"{flag} {advice}" for flag, advice in faults.items()]
 
 
 _ROUTINGS = frozenset({"aux_loss", "seq_aux_loss", "none"})
@@ -300,9 +344,6 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
     ),
     (_truthy("multi_latent_attention"), "--multi-latent-attention", _REMOVE),
     (_truthy("mtp_num_layers"), "--mtp-num-layers", _REMOVE),
-    (_truthy("reset_attention_mask"), "--reset-attention-mask", _REMOVE),
-    (_truthy("dataloader_inter_document_masking"), "--dataloader-inter-document-masking", _REMOVE),
-    (_truthy("sft"), "--sft (packed samples)", _REMOVE),
     (_truthy("variable_seq_lengths"), "--variable-seq-lengths", _REMOVE),
     (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _REMOVE),
     (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _REMOVE),
@@ -330,6 +371,15 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
         "--softmax-type",
         "must be vanilla with sub-sequences",
     ),
+)
+
+_UNSUPPORTED_PACKED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
+    (lambda args: args.context_parallel_size > 1, "--context-parallel-size"),
+    (_truthy("hybrid_context_parallel"), "--hybrid-context-parallel"),
+    (_truthy("mtp_num_layers"), "--mtp-num-layers"),
+    (_truthy("variable_seq_lengths"), "--variable-seq-lengths"),
+    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern"),
+    (_truthy("experimental_attention_variant"), "--experimental-attention-variant"),
 )
 
 

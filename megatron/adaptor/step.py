@@ -10,6 +10,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron.adaptor.batch import BatchCutter, Replay
+from megatron.adaptor.documents import agree_on_documents
 from megatron.adaptor.loss import TokenExactLoss
 from megatron.adaptor.settings import Settings
 from seq1f1b.runtime import (
@@ -56,10 +57,11 @@ class Step:
             )
         self.chunks: list[Any] = model if isinstance(model, list) else [model]
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        self.replays = [None if it is None else Replay(it) for it in iterators]
+        hidden = settings.packing.hidden if settings.packing else ()
+        self.replays = [None if it is None else Replay(it, hidden) for it in iterators]
         self.config = get_model_config(self.chunks[0])
         self.groups = pg_collection or schedules._build_default_pg_collection()
-        self.context, self.cutter = context, cutter
+        self.settings, self.context, self.cutter = settings, context, cutter
         self.forward_step_func = forward_step_func
         self.num_micro_batches = num_microbatches
         self.micro_batch_size = micro_batch_size
@@ -67,7 +69,8 @@ class Step:
         self.collect_non_loss_data = collect_non_loss_data
         self.first_val_step = first_val_step
         self.force_all_reduce = force_all_reduce
-        self.parts = settings.cut(decoder_seq_length or seq_length)
+        self.length = decoder_seq_length or seq_length
+        self.parts = [settings.cut(self.length)] * num_microbatches
         self.stage = self.groups.pp.rank()
         self.schedule = settings.schedule(
             self.groups.pp.size(), len(self.chunks), num_microbatches, trains=not forward_only
@@ -79,15 +82,16 @@ class Step:
     def run(self, groups: Mapping[Channel, Any], clock: ActionClock) -> list[Any]:
         """Run the step and return one report per micro-batch (on the last stage)."""
         embedding = self._begin()
-        execute(
-            self.schedule.stages[self.stage],
-            self,
-            self._transport(groups),
-            self.context,
-            [self.parts] * self.num_micro_batches,
-            clock,
-            stage=self.stage,
-        )
+        with self._packed():
+            execute(
+                self.schedule.stages[self.stage],
+                self,
+                self._transport(groups),
+                self.context,
+                self.parts,
+                clock,
+                stage=self.stage,
+            )
         self._finish(embedding)
         return self.loss.reports
 
@@ -140,6 +144,27 @@ class Step:
         """See Computation."""
         schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
 
+    @contextlib.contextmanager
+    def _packed(self) -> Iterator[None]:
+        """Let attention and the cut of each micro-batch follow its documents, if it has several."""
+        if self.settings.packing is None:
+            yield
+            return
+        documents = agree_on_documents(
+            self.settings.packing,
+            self.replays[0],
+            self.groups,
+            num_micro_batches=self.num_micro_batches,
+            num_rows=self.micro_batch_size,
+            total=self.length,
+        )
+        self.parts = [self.settings.cut(self.length, rows) for rows in documents]
+        self.context.documents = documents
+        try:
+            yield
+        finally:
+            self.context.documents = None
+
     def _forward_step_of(self, action: Action) -> Callable[..., Any]:
         def forward_step(*args: Any) -> tuple[Tensor, Callable[..., Any] | None]:
             output, loss_function = self.forward_step_func(*args)
@@ -151,7 +176,7 @@ class Step:
         tokens_per_rank = self.groups.tp.size() if self.config.sequence_parallel else 1
 
         def shape(action: Action) -> tuple[int, ...]:
-            length = self.parts[action.sub_sequence].length
+            length = self.parts[action.micro_batch][action.sub_sequence].length
             return length // tokens_per_rank, self.micro_batch_size, self.config.hidden_size
 
         return PointToPoint(

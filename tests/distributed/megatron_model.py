@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.distributed.packed_data import END, packed
+
 VOCAB, HIDDEN, HEADS, GROUPS, LAYERS, BATCH = 40, 32, 4, 2, 4, 2
 
 
@@ -28,6 +30,7 @@ class Case:
     loss: str = "sum"
     per_token: bool = False
     experts: str | None = None
+    documents: str | None = None  # the entry of a batch that tells packed documents apart
 
 
 def worst_gradient_error(case: Case) -> float:
@@ -46,7 +49,7 @@ def worst_gradient_error(case: Case) -> float:
     is_cut_here = case.num_chunks > 1
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step(case),
-        data_iterator=[iter(data) for _ in chunks] if is_cut_here else iter(data),
+        data_iterator=[_reader(case, data) for _ in chunks] if is_cut_here else _reader(case, data),
         model=chunks if is_cut_here else chunks[0],
         num_microbatches=case.num_micro_batches,
         seq_length=case.length,
@@ -59,6 +62,14 @@ def worst_gradient_error(case: Case) -> float:
         for report, loss in zip(reports, losses, strict=True):
             torch.testing.assert_close(_mean(report["lm loss"]), loss, rtol=1e-5, atol=0.0)
     return max(_errors(case, chunks, whole))
+
+
+def _reader(case: Case, data: list[dict[str, Any]]) -> Iterator[Any] | None:
+    """Hand micro-batches out without their masks; of packed documents, middle stages get none."""
+    stage = torch.distributed.get_rank()
+    if case.documents and 0 < stage < case.num_stages - 1 and case.num_chunks == 1:
+        return None
+    return iter([{**batch, "attention_mask": None} for batch in data])
 
 
 def _mean(value: Tensor) -> Tensor:
@@ -199,7 +210,7 @@ def _micro_batches(case: Case) -> list[dict[str, Any]]:
         tokens = torch.randint(0, VOCAB, (BATCH, case.length + 1), generator=generator)
         mask = (torch.rand(BATCH, case.length, generator=generator) < 0.7).float()
         mask[:, :8] = 0.0  # early sub-sequences may have no token that counts
-        return {
+        whole = {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:],
             "loss_mask": mask,
@@ -207,6 +218,10 @@ def _micro_batches(case: Case) -> list[dict[str, Any]]:
             "attention_mask": None,
             "cu_seqlens": None,
         }
+        if case.documents is None:
+            return whole
+        whole, whole["attention_mask"] = packed(whole, case.documents, generator)
+        return whole
 
     return [batch() for _ in range(case.num_micro_batches)]
 
@@ -225,7 +240,9 @@ def _forward_step(case: Case) -> Callable[..., Any]:
         loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
         return loss, {"lm loss": loss.detach()[None]}
 
-    def forward_step(data: Iterator[Any], model: Any) -> Any:
+    def forward_step(data: Iterator[Any] | None, model: Any) -> Any:
+        if data is None:
+            return model(None, None, None), None
         batch = get_batch_on_this_cp_rank(
             next(data), is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
         )
@@ -239,6 +256,7 @@ def _forward_step(case: Case) -> Callable[..., Any]:
 
 
 def _settings(case: Case) -> Any:
+    from megatron.adaptor.documents import Packing
     from megatron.adaptor.settings import Settings
     from seq1f1b.sequence import TokenCost
 
@@ -253,6 +271,7 @@ def _settings(case: Case) -> Any:
             num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS
         ),
         kind=case.kind,
+        packing=Packing("--some-flag", case.documents, lambda: END) if case.documents else None,
     )
 
 
@@ -260,7 +279,8 @@ def _run_whole(case: Case, model: Any, data: list[dict[str, Any]]) -> list[Tenso
     """Backpropagate whole micro-batches on one rank; return the mean loss of each."""
     losses = []
     for batch in data:
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        mask = batch["attention_mask"]
+        output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
         total, count = (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
         if case.per_token:
             total.backward()

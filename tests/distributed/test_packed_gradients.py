@@ -1,0 +1,47 @@
+"""Gradients of packed documents through Megatron-Core against one rank with the explicit mask."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.megatron_model import Case, worst_gradient_error
+
+pytestmark = pytest.mark.distributed
+
+SOURCES = ("cu_seqlens", "position_ids", "tokens")
+
+
+def errors(cases):
+    return [(case, worst_gradient_error(case)) for case in cases]
+
+
+def check(workers, num_stages, cases):
+    for results in workers(num_stages).run(errors, cases, timeout=300):
+        assert len(results) == len(cases)
+        for case, error in results:
+            assert error < 1e-5, case
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_every_stage_attends_within_documents(workers, num_stages):
+    shapes = itertools.product((2, 3), ("average", "uniform_comp"), SOURCES)
+    cases = [Case(num_stages, 5, s, balance, documents=source) for s, balance, source in shapes]
+    check(workers, num_stages, cases)
+
+
+@pytest.mark.timeout(400)
+def test_every_feature(workers):
+    plain = Case(2, 3, 3, documents="position_ids")
+    features = (
+        {"positions": "learned_absolute", "tied": True},
+        {"recompute": True},
+        {"loss": "mean"},
+        {"per_token": True},
+        {"num_splits": 1},
+        {"num_splits": 1, "recompute": True},
+        {"num_chunks": 2, "num_micro_batches": 4},
+        {"num_splits": 30},
+    )
+    check(workers, 2, [replace(plain, **feature) for feature in features])
