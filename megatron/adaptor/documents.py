@@ -88,7 +88,6 @@ def agree_on_documents(
     ``groups`` are Megatron's. Raises ValueError when the first stage has no data.
     """
     shape = num_micro_batches, num_rows, total
-    device = torch.cuda.current_device()
     bits = torch.zeros(num_micro_batches, num_rows, -(-total // 8), dtype=torch.uint8)
     # Only the first rank of a tensor-parallel group reads data.
     if groups.tp.rank() == 0:
@@ -100,17 +99,17 @@ def agree_on_documents(
             batches = replay.read_ahead(num_micro_batches)
             starts = [packing.starts(batch, num_rows, total) for batch in batches]
             bits = torch.from_numpy(np.packbits(torch.stack(starts).numpy(), axis=-1))
-        bits = _broadcast(bits, groups.pp, device)
-    bits = _broadcast(bits, groups.tp, device)
+        bits = _broadcast(bits, groups.pp)
+    bits = _broadcast(bits, groups.tp)
     flags = np.unpackbits(bits.cpu().numpy(), axis=-1, count=total).reshape(shape)
     return [
         [Documents(tuple(np.flatnonzero(row).tolist()), total) for row in rows] for rows in flags
     ]
 
 
-def _broadcast(bits: Tensor, group: Any, device: Any) -> Tensor:
+def _broadcast(bits: Tensor, group: Any) -> Tensor:
     if group.size() == 1:
         return bits
-    bits = bits.to(device)
+    bits = bits.to(torch.cuda.current_device())
     torch.distributed.broadcast(bits, group=group, group_src=0)
     return bits

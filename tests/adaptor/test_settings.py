@@ -91,9 +91,18 @@ REFUSED = {
         [*_EXPERTS, "--moe-router-load-balancing-type", "global_aux_loss"],
         ["--moe-router-load-balancing-type must be of aux_loss, none, seq_aux_loss"],
     ),
-    "reset attention mask": (
-        ["--seq1f1b-splits", "4", "--reset-attention-mask"],
-        ["--reset-attention-mask is not supported with sub-sequences"],
+    "packed documents and multi-token prediction": (
+        shlex.split(
+            "--seq1f1b-splits 4 --reset-attention-mask --mtp-num-layers 1 "
+            "--position-embedding-type rope"
+        ),
+        ["--mtp-num-layers"],
+    ),
+    "packed documents and context parallelism": (
+        shlex.split(
+            "--seq1f1b-splits 4 --dataloader-inter-document-masking --context-parallel-size 2"
+        ),
+        ["--context-parallel-size"],
     ),
     "several at once": (
         ["--seq1f1b-splits", "0", "--attention-dropout", "0.1", "--seq1f1b-schedule", "1f1b"],
@@ -108,6 +117,24 @@ ACCEPTED = {
         ["--seq1f1b-splits", "4", "--seq1f1b-balance-method", "average"],
         4,
         [32, 32, 32, 32],
+    ),
+    "documents told apart by their last token": (
+        ["--seq1f1b-splits", "2", "--seq1f1b-balance-method", "average", "--reset-attention-mask"],
+        2,
+        [64, 64],
+    ),
+    "documents told apart by their positions": (
+        shlex.split(
+            "--seq1f1b-splits 2 --seq1f1b-balance-method average "
+            "--reset-attention-mask --reset-position-ids --eod-mask-loss"
+        ),
+        2,
+        [64, 64],
+    ),
+    "packed samples": (
+        ["--seq1f1b-splits", "2", "--seq1f1b-balance-method", "average", "--sft"],
+        2,
+        [64, 64],
     ),
     "MindSpeed's flag": (
         ["--enable-seq1f1b", "--seq1f1b-balance-method", "average"],

@@ -43,8 +43,8 @@ def worst_gradient_error(case: Case) -> float:
     _make_groups(case)
     whole = _whole_model(case)
     chunks = _stage_chunks(case, whole)
-    data = _micro_batches(case)
-    session.settings = _settings(case)
+    data = micro_batches(case)
+    session.settings = settings_of(case)
     session.context.use_kernel(None)
     is_cut_here = case.num_chunks > 1
     reports = get_forward_backward_func()(
@@ -203,7 +203,8 @@ def _whole_name(model: Any, name: str, case: Case) -> str:
     return ".".join(["decoder.layers", str(number), *rest])
 
 
-def _micro_batches(case: Case) -> list[dict[str, Any]]:
+def micro_batches(case: Case) -> list[dict[str, Any]]:
+    """Make the data of ``case``, the same on every rank."""
     generator = torch.Generator().manual_seed(11)
 
     def batch() -> dict[str, Any]:
@@ -255,7 +256,8 @@ def _forward_step(case: Case) -> Callable[..., Any]:
     return forward_step
 
 
-def _settings(case: Case) -> Any:
+def settings_of(case: Case) -> Any:
+    """Return what the flags of ``case`` would have set."""
     from megatron.adaptor.documents import Packing
     from megatron.adaptor.settings import Settings
     from seq1f1b.sequence import TokenCost

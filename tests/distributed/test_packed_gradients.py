@@ -43,5 +43,7 @@ def test_every_feature(workers):
         {"num_splits": 1, "recompute": True},
         {"num_chunks": 2, "num_micro_batches": 4},
         {"num_splits": 30},
+        {"kind": "zb-h1"},
+        {"kind": "greedy", "num_chunks": 2, "num_micro_batches": 4},
     )
     check(workers, 2, [replace(plain, **feature) for feature in features])
