@@ -81,6 +81,8 @@ class PackedCost:
     A token attends to what lies before it in its own document, so its cost follows from its
     position there. Between two neighbouring starts of documents the cost of all rows together is a
     parabola in the position, which makes both directions closed formulas.
+
+    linear: of one position in all rows, in everything that does not look at other tokens.
     """
 
     def __init__(self, cost: TokenCost, rows: Sequence[Documents]) -> None:
@@ -89,7 +91,8 @@ class PackedCost:
         if len(totals) != 1:
             raise ValueError(f"rows of one micro-batch are equally long, not {sorted(totals)}")
         self._curve = cost.attention * len(rows) / 2
-        base = cost.linear * len(rows) + self._curve
+        self.linear = cost.linear * len(rows)
+        base = self.linear + self._curve
         self._breaks = sorted({start for row in rows for start in row.starts})
         self._slopes: list[float] = []
         self._costs: list[float] = []

@@ -1,6 +1,6 @@
 """What a schedule costs before it runs."""
 
-from seq1f1b.simulate.costs import CostError, Costs, Link, Measured
+from seq1f1b.simulate.costs import CostError, Costs, CostsByMicroBatch, Link, Measured
 from seq1f1b.simulate.greedy import greedy
 from seq1f1b.simulate.memory import Memory, memory_over_time, peak_memory
 from seq1f1b.simulate.simulator import Simulation, simulate
@@ -8,6 +8,7 @@ from seq1f1b.simulate.simulator import Simulation, simulate
 __all__ = [
     "CostError",
     "Costs",
+    "CostsByMicroBatch",
     "Link",
     "Measured",
     "Memory",

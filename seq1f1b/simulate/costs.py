@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from seq1f1b.schedule import Action, Kind, Schedule
-from seq1f1b.sequence import TokenCost, sub_sequences
+from seq1f1b.sequence import PackedCost, TokenCost, sub_sequences
 
 Part = tuple[Kind, int, int]
 """Kind, model chunk and sub-sequence: what actions of all micro-batches that cost alike share."""
@@ -60,7 +60,7 @@ class Costs:
     def of_tokens(
         cls,
         schedule: Schedule,
-        cost: TokenCost,
+        cost: TokenCost | PackedCost,
         lengths: Sequence[int],
         *,
         flops_per_second: float,
@@ -91,7 +91,7 @@ class Costs:
 
         ``weights[j]`` is its W, half of its B unless given.
         """
-        parts = {}
+        parts: dict[Part, float] = {}
         for j, forward in enumerate(forwards):
             backward = forward * backward_ratio
             weight = backward / 2 if weights is None else weights[j]
@@ -120,6 +120,21 @@ class Costs:
         ``num_chunks`` and ``num_splits`` are as many as there are now, or 1.
         """
         return Costs(tuple(_merged(parts, num_chunks, num_splits) for parts in self.stages))
+
+
+@dataclass(frozen=True)
+class CostsByMicroBatch:
+    """Costs that differ from one micro-batch to the next, as those of packed documents do."""
+
+    each: tuple[Costs, ...]
+
+    def of(self, stage: int, action: Action) -> float:
+        """See Costs; raises CostError for a micro-batch that has none."""
+        if action.micro_batch >= len(self.each):
+            raise CostError(
+                f"no cost is known for {action}: there are {len(self.each)} micro-batches of costs"
+            )
+        return self.each[action.micro_batch].of(stage, action)
 
 
 @dataclass(frozen=True)

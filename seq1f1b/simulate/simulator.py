@@ -11,7 +11,7 @@ from functools import cached_property
 
 from seq1f1b.schedule import Action, Kind, Schedule, peak_live, validate
 from seq1f1b.schedule.edges import dependencies, event
-from seq1f1b.simulate.costs import Costs, Link, Part
+from seq1f1b.simulate.costs import Costs, CostsByMicroBatch, Link, Part
 
 _NOT_YET = -1.0
 
@@ -63,7 +63,9 @@ class Simulation:
         return peak_live(self.schedule)
 
 
-def simulate(schedule: Schedule, costs: Costs, link: Link | None = None) -> Simulation:
+def simulate(
+    schedule: Schedule, costs: Costs | CostsByMicroBatch, link: Link | None = None
+) -> Simulation:
     """Time every action of ``schedule``, lowered or not.
 
     Raises ScheduleError when the schedule cannot run to its end, and CostError when a cost is
@@ -81,12 +83,12 @@ class _Table:
     waits for a gradient cannot tell which of the two made it.
     """
 
-    def __init__(self, schedule: Schedule, costs: Costs, link: Link) -> None:
+    def __init__(self, schedule: Schedule, costs: Costs | CostsByMicroBatch, link: Link) -> None:
         self.schedule = schedule
         self.num_micro_batches = schedule.num_micro_batches
         self.places: dict[tuple[int, Action], int] = {}
         self.noted: list[int] = []
-        self.durations: list[float] = []
+        self.durations: list[Sequence[float]] = []
         self.local: list[tuple[int, ...]] = []
         self.remote: list[tuple[int, ...]] = []
         self.channel: list[int] = []
@@ -114,11 +116,14 @@ class _Table:
         """Return the number of a template, given as the action of micro-batch 0."""
         return self.places.setdefault((stage, action), len(self.places))
 
-    def _describe(self, stage: int, action: Action, costs: Costs, link: Link) -> None:
+    def _describe(
+        self, stage: int, action: Action, costs: Costs | CostsByMicroBatch, link: Link
+    ) -> None:
         schedule = self.schedule
         compute = action.kind.is_compute
         self.noted.append(self.template(*event(stage, action)) * self.num_micro_batches)
-        self.durations.append(costs.of(stage, action) if compute else 0.0)
+        nothing = [0.0] * self.num_micro_batches
+        self.durations.append(self._durations_of(stage, action, costs) if compute else nothing)
         local: list[int] = []
         remote: list[int] = []
         if compute:
@@ -128,6 +133,16 @@ class _Table:
         self.local.append(tuple(local))
         self.remote.append(tuple(remote))
         self._connect(stage, action, link)
+
+    def _durations_of(
+        self, stage: int, action: Action, costs: Costs | CostsByMicroBatch
+    ) -> Sequence[float]:
+        """Return how long a computation takes in every micro-batch."""
+        if isinstance(costs, Costs):
+            return [costs.of(stage, action)] * self.num_micro_batches
+        return [
+            costs.of(stage, action._replace(micro_batch=k)) for k in range(self.num_micro_batches)
+        ]
 
     def _connect(self, stage: int, action: Action, link: Link) -> None:
         """Note over which channel the result of ``action`` leaves, if it does."""
@@ -215,7 +230,7 @@ class _Run:
             else:
                 if any(done[base + micro_batch] < 0.0 for base in local[template]):
                     break
-                now = start + durations[template]
+                now = start + durations[template][micro_batch]
                 done[noted[template] + micro_batch] = now
                 starts.append(start)
                 ends.append(now)

@@ -20,8 +20,8 @@ from seq1f1b.schedule import (
     zb_h1,
 )
 from seq1f1b.schedule.edges import dependencies, event
-from seq1f1b.sequence import TokenCost, partition
-from seq1f1b.simulate import CostError, Costs, Link, formulas, simulate
+from seq1f1b.sequence import Documents, PackedCost, TokenCost, partition
+from seq1f1b.simulate import CostError, Costs, CostsByMicroBatch, Link, formulas, simulate
 from tests.schedule.shapes import MICRO_BATCHES, SPLITS, STAGES, schedules
 
 TIMES = st.floats(0.1, 10)
@@ -156,6 +156,38 @@ def test_every_action_ends_when_a_recursion_says(schedule, latency, data):
         step = schedule.stages[stage].index(action)
         assert result.ends[stage][step] == end
         assert result.starts[stage][step] == end - costs.of(stage, action)
+
+
+@settings(max_examples=60)
+@given(schedules(largest=6), st.data())
+def test_costs_of_every_micro_batch_are_its_own(schedule, data):
+    each = [data.draw(random_costs(schedule)) for _ in range(schedule.num_micro_batches)]
+    costs = CostsByMicroBatch(tuple(each))
+    for one in (schedule, lower(schedule)):
+        result = simulate(one, costs)
+        for (stage, action), end in recursion(schedule, costs, 0.0).items():
+            assert result.ends[stage][one.stages[stage].index(action)] == end
+
+
+def test_costs_of_packed_documents_are_those_of_their_tokens():
+    schedule = one_f_one_b(2, 1, 3)
+    packed = PackedCost(TokenCost(linear=5.0, attention=2.0), [Documents((0, 2), 6)] * 2)
+    costs = Costs.of_tokens(schedule, packed, (1, 2, 3), flops_per_second=1.0)
+    # positions in their documents: 1 | 2, 1 | 2, 3, 4
+    forwards = [2 * (5 + 2) / 2, 2 * (10 + 6) / 2, 2 * (15 + 18) / 2]
+    for j, forward in enumerate(forwards):
+        assert costs.of(0, Action(Kind.F, 0, 0, j)) == forward
+        assert costs.of(1, Action(Kind.B, 0, 0, j)) == 2 * forward
+        assert costs.of(1, Action(Kind.W, 0, 0, j)) == 2 * 5.0 * (j + 1) / 2
+
+
+def test_a_micro_batch_without_costs_is_named():
+    schedule = one_f_one_b(2, 3)
+    costs = CostsByMicroBatch((Costs.uniform(schedule),) * 2)
+    with pytest.raises(
+        CostError, match=r"no cost is known for 0F2\.0: there are 2 micro-batches of costs"
+    ):
+        simulate(schedule, costs)
 
 
 @settings(max_examples=60)
