@@ -209,3 +209,13 @@ def test_kept_keys_and_values_hold_no_others_alive():
     tokens = 30 * 2 + 20 * 2
     log_sum_exp = 30 * 2 * 8
     assert sum(storages.values()) == tokens * 2 * 8 * 8 + log_sum_exp
+
+
+@pytest.mark.gpu
+def test_torch_flash_takes_whole_documents_in_one_call():
+    rows, cuts = [[70, 3, 100, 200, 11], [384]], [150, 134, 100]
+    inputs = [x.cuda() for x in tensors(384, 2, 4, 2, dim=64, dtype=torch.bfloat16)]
+    output, grads = in_parts(rows, cuts, *inputs, KERNELS["torch-flash"])
+    exact, exact_grads = in_parts(rows, cuts, *(x.double() for x in inputs), KERNELS["reference"])
+    for got, want in zip((output, *grads), (exact, *exact_grads), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
