@@ -80,7 +80,9 @@ class _Nowhere:
         self.parts, self.width = step.parts, width
 
     def receive(self, action: Action) -> Any:
-        return _There(torch.randn(self.parts[action.sub_sequence].length, 1, self.width))
+        return _There(
+            torch.randn(self.parts[action.micro_batch][action.sub_sequence].length, 1, self.width)
+        )
 
     def send(self, action: Action, tensor: torch.Tensor) -> None:
         pass

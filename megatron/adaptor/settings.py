@@ -298,13 +298,17 @@ def _end_of_document() -> int:
 
 def _feature_faults(args: argparse.Namespace) -> list[str]:
     """Return a line for every flag that the executor does not support, with what to do."""
-    faults = {flag: advice for is_set, flag, advice in _UNSUPPORTED if is_set(args)}
+    faults = [(flag, advice) for is_set, flag, advice in _UNSUPPORTED if is_set(args)]
     packing = _packing(args)
     if packing is not None:
-        for is_set, flag in _UNSUPPORTED_PACKED:
-            if is_set(args):
-                faults.setdefault(flag, f"cannot go with {packing.flag}: leave one of them out")
-    return [f"{flag} {advice}" for flag, advice in faults.items()]
+        named = {flag for flag, _ in faults}
+        advice = f"cannot go with {packing.flag}: leave one of them out"
+        faults += [
+            (flag, advice)
+            for is_set, flag in _UNSUPPORTED_PACKED
+            if is_set(args) and flag not in named
+        ]
+    return [f"{flag} {advice}" for flag, advice in faults]
 
 
 _ROUTINGS = frozenset({"aux_loss", "seq_aux_loss", "none"})

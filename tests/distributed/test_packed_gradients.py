@@ -44,6 +44,7 @@ def test_every_feature(workers):
         {"num_chunks": 2, "num_micro_batches": 4},
         {"num_splits": 30},
         {"kind": "zb-h1"},
+        {"experts": "seq_aux_loss"},
         {"kind": "greedy", "num_chunks": 2, "num_micro_batches": 4},
     )
     check(workers, 2, [replace(plain, **feature) for feature in features])
