@@ -1,6 +1,7 @@
 """One training process under the adaptor: the table of patches and the state that they share."""
 
 import argparse
+import atexit
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,12 @@ class Session:
                 ("forward_step_func", "data_iterator", "model", "forward_backward_func"),
                 "times whole iterations",
                 self.meter.train_step,
+            ),
+            Patch(
+                f"{_TRAINING}.training:pretrain",
+                (),
+                "lets all ranks leave together, so that none loses a connection it still uses",
+                _leave_together,
             ),
             Patch(
                 f"{_TRAINING}.training:training_log",
@@ -275,3 +282,18 @@ class Session:
         if self.settings.packing is not None and self.settings.balance_method == "uniform_comp":
             return "by the documents of each micro-batch"
         return ", ".join(str(part.length) for part in parts)
+
+
+def _leave_together(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pretrain(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        torch.distributed.barrier()
+        atexit.register(_close_groups)
+        return result
+
+    return pretrain
+
+
+def _close_groups() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

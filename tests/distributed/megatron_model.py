@@ -22,6 +22,7 @@ class Case:
     num_splits: int
     balance: str = "uniform_comp"
     kind: str = "1f1b"
+    layers: int = LAYERS
     num_chunks: int = 1
     length: int = 30
     positions: str = "rope"
@@ -103,7 +104,7 @@ def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
-        num_layers=LAYERS,
+        num_layers=case.layers,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
@@ -270,7 +271,7 @@ def settings_of(case: Case) -> Any:
         sequence_length=case.length,
         multiple=1,
         cost=TokenCost.of_transformer(
-            num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS
+            num_layers=case.layers, hidden_size=HIDDEN, num_attention_heads=HEADS
         ),
         kind=case.kind,
         packing=Packing("--some-flag", case.documents, lambda: END) if case.documents else None,

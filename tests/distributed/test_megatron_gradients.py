@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.megatron_model import LAYERS, Case, worst_gradient_error
+from tests.distributed.megatron_model import Case, worst_gradient_error
 
 pytestmark = pytest.mark.distributed
 
@@ -48,10 +48,11 @@ def test_every_feature(workers, num_stages):
 @pytest.mark.parametrize("kind", ["1f1b", "zb-h1", "greedy"])
 def test_every_schedule(workers, num_stages, kind):
     chunks = (1,) if kind == "zb-h1" else (2,) if kind == "1f1b" else (1, 2)
-    if num_stages * max(chunks) > LAYERS:
-        chunks = (1,)
     shapes = itertools.product((2, 3, 4, 8), (1, 2, 3, 4), chunks)
-    cases = [Case(num_stages, m, s, num_chunks=v, kind=kind, length=24) for m, s, v in shapes]
+    cases = [
+        Case(num_stages, m, s, num_chunks=v, kind=kind, length=24, layers=2 * num_stages)
+        for m, s, v in shapes
+    ]
     check(workers, num_stages, cases)
 
 

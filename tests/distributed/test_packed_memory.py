@@ -70,11 +70,12 @@ def peak_bytes(case):
     """Return this stage's peak, what was computed for it, and what is left after the step."""
     from megatron.adaptor import install
 
-    error = worst_gradient_error(case)
     carries = install().context.carries
+    held = carries.bytes_held
+    error = worst_gradient_error(case)
     stage = torch.distributed.get_rank()
     token = 2 * GROUPS * (HIDDEN // HEADS) * FLOAT32 * (LAYERS // case.num_stages)
-    left = carries.bytes_in_use, carries.bytes_held
+    left = carries.bytes_in_use, carries.bytes_held - held
     return error, carries.peak_bytes, carried_tokens(case, stage) * token, left
 
 
