@@ -1,0 +1,221 @@
+"""Times every action of a stage that has the machine to itself, whatever its place in a pipeline.
+
+Each action is what training runs: Megatron's layers under our executor, in an order that respects
+the KV carry. Only the neighbours are missing: what they would send is made up, what they would get
+is thrown away.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product, repeat
+from typing import Any
+
+import torch
+from gpt import forward_step, make_batch, make_config, make_part, token_cost, wrap
+
+from megatron.adaptor.session import Session
+from megatron.adaptor.settings import Settings
+from megatron.adaptor.step import Step
+from seq1f1b.runtime import ActionClock
+from seq1f1b.schedule import Action, Kind, Schedule, interleaved
+from seq1f1b.simulate import Costs
+
+ROLES = ("first", "middle", "last")
+Parts = dict[tuple[Kind, int, int], float]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut: model chunks a stage, sub-sequences a micro-batch, and where."""
+
+    num_chunks: int
+    num_splits: int
+    balance: str
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Which stages to time: with two chunks, those of a middle stage are in the others."""
+        return ROLES if self.num_chunks == 1 else ("first", "last")
+
+
+@dataclass(frozen=True)
+class _Planned(Settings):
+    """Settings of a step whose schedule is given."""
+
+    plan: Schedule | None = None
+
+    def schedule(self, *shape: Any, **others: Any) -> Schedule:
+        assert self.plan is not None
+        return self.plan
+
+
+class _Nowhere:
+    """A link that takes everything and hands out tensors of the right shape at once."""
+
+    def __init__(self, step: Step, width: int) -> None:
+        (self.parts,), self.width = step.parts, width  # one micro-batch
+
+    def receive(self, action: Action) -> Any:
+        return _There(torch.randn(self.parts[action.sub_sequence].length, 1, self.width))
+
+    def send(self, action: Action, tensor: torch.Tensor) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass
+class _There:
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+
+class _Alone(Step):
+    """A step of one stage with nobody around it."""
+
+    def _transport(self, groups: Any) -> Any:
+        return _Nowhere(self, self.config.hidden_size)
+
+
+def plan(cut: Cut, *, split: bool) -> Schedule:
+    """Return three stages that each run one micro-batch's forwards, then its backwards."""
+    shape = interleaved(len(ROLES), cut.num_chunks, 1, cut.num_splits)
+    stages = tuple(tuple(_actions(shape, stage, split=split)) for stage in range(len(ROLES)))
+    return shape.with_stages(stages, lowered=True)
+
+
+def _actions(shape: Schedule, stage: int, *, split: bool) -> Iterator[Action]:
+    parts = list(product(range(shape.num_chunks), range(shape.num_splits)))
+    for chunk, j in parts:
+        forward = Action(Kind.F, chunk, 0, j)
+        if shape.upstream(stage, chunk):
+            yield forward.of_kind(Kind.RECV_F)
+        yield forward
+        if shape.downstream(stage, chunk):
+            yield forward.of_kind(Kind.SEND_F)
+    for chunk, j in reversed(parts):
+        backward = Action(Kind.I if split else Kind.B, chunk, 0, j)
+        if shape.downstream(stage, chunk):
+            yield backward.of_kind(Kind.RECV_B)
+        yield backward
+        if shape.upstream(stage, chunk):
+            yield backward.of_kind(Kind.SEND_B)
+        if split:
+            yield backward.of_kind(Kind.W)
+
+
+class Bench:
+    """The model parts of all roles, and what their actions took."""
+
+    def __init__(self, options: argparse.Namespace, session: Session) -> None:
+        self.options, self.session, self.batch = options, session, make_batch(options)
+        torch.manual_seed(1)
+        self.cuts = [
+            Cut(v, s, balance)
+            for v in (1, 2)
+            for s in options.splits
+            for balance in (("average", "uniform_comp") if s > 1 else ("average",))
+        ]
+        self.chunks = {
+            (cut.num_chunks, role): self._build(cut.num_chunks, role)
+            for cut in self.cuts
+            if cut.num_splits == options.splits[0]
+            for role in cut.roles
+        }
+        self.runs: dict[tuple[Cut, str, bool], list[Parts]] = {
+            (cut, role, split): []
+            for cut in self.cuts
+            for role in cut.roles
+            for split in (False, True)
+        }
+
+    def _build(self, num_chunks: int, role: str) -> list[Any]:
+        layers = self.options.layers // num_chunks
+        config = make_config(self.options, layers, gradient_accumulation_fusion=True)
+        return wrap(
+            [
+                make_part(
+                    self.options,
+                    config,
+                    first=role == "first" and chunk == 0,
+                    last=role == "last" and chunk == num_chunks - 1,
+                )
+                for chunk in range(num_chunks)
+            ]
+        )
+
+    def time_all(self) -> None:
+        """Time every action of every cut, in turn, so that drift hits all of them."""
+        for role in ROLES:  # warms caches and allocators up
+            self._run(self.cuts[0], role, split=False)
+        for _ in range(self.options.rounds):
+            for (cut, role, split), runs in self.runs.items():
+                runs.append(self._run(cut, role, split=split))
+
+    @property
+    def scatter(self) -> float:
+        """By what share the second fastest run of a stage is slower than its fastest, in median."""
+        slower = []
+        for runs in self.runs.values():
+            fastest, second, *_ = sorted(sum(parts.values()) for parts in runs)
+            slower.append(second / fastest - 1)
+        return statistics.median(slower)
+
+    def costs(self, cut: Cut, num_stages: int) -> Costs:
+        """Return the times for a pipeline of ``num_stages``."""
+        of = {role: self._fastest(cut, role) for role in cut.roles}
+        middle = of.get("middle") or _between(of["first"], of["last"])
+        return Costs((of["first"], *[middle] * (num_stages - 2), of["last"]))
+
+    def _fastest(self, cut: Cut, role: str) -> Parts:
+        """Return all times of the fastest run, since other work on the machine only ever adds.
+
+        Not the fastest of each action, which would favour fine cuts: more numbers have more luck.
+        """
+        whole, halves = (
+            min(self.runs[cut, role, split], key=lambda parts: sum(parts.values()))
+            for split in (False, True)
+        )
+        return halves | whole
+
+    def _run(self, cut: Cut, role: str, *, split: bool) -> Parts:
+        chunks = self.chunks[cut.num_chunks, role]
+        settings = _Planned(
+            num_splits=cut.num_splits,
+            balance_method=cut.balance,
+            attention=None,
+            metrics_file=None,
+            sequence_length=self.options.length,
+            multiple=1,
+            cost=token_cost(self.options),
+            plan=plan(cut, split=split),
+        )
+        step = _Alone(
+            settings,
+            self.session.context,
+            self.session.cutter,
+            forward_step_func=forward_step,
+            data_iterator=[repeat(self.batch)] * len(chunks),
+            model=chunks,
+            num_microbatches=1,
+            seq_length=self.options.length,
+            micro_batch_size=1,
+        )
+        step.stage = ROLES.index(role)
+        clock = ActionClock()
+        step.run({}, clock)
+        return {
+            (timed.action.kind, timed.action.chunk, timed.action.sub_sequence): timed.end
+            - timed.start
+            for timed in clock.finish()[0]
+        }
+
+
+def _between(first: Parts, last: Parts) -> Parts:
+    """Return a middle stage's two chunks: the last stage's first and the first stage's last."""
+    return {part: (last if part[1] == 0 else first)[part] for part in first}
