@@ -6,10 +6,12 @@ is thrown away.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product, repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,11 @@ class Cut:
     def roles(self) -> tuple[str, ...]:
         """Which stages to time: with two chunks, those of a middle stage are in the others."""
         return ROLES if self.num_chunks == 1 else ("first", "last")
+
+    @property
+    def halves(self) -> tuple[bool, ...]:
+        """Whether to run whole backwards (False) and split ones; of even lengths only whole."""
+        return (False,) if self.balance == "average" and self.num_splits > 1 else (False, True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class Bench:
             (cut, role, split): []
             for cut in self.cuts
             for role in cut.roles
-            for split in (False, True)
+            for split in cut.halves
         }
 
     def _build(self, num_chunks: int, role: str) -> list[Any]:
@@ -157,6 +164,26 @@ class Bench:
             for (cut, role, split), runs in self.runs.items():
                 runs.append(self._run(cut, role, split=split))
 
+    def pool(self, file: Path) -> None:
+        """Keep all runs in ``file``, and take those of earlier calls in."""
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        for key, runs in self.runs.items():
+            for run in earlier.get(_name(*key), ()):
+                runs.append({Action.parse(a)[:2] + Action.parse(a)[3:]: t for a, t in run.items()})
+        kept = {
+            _name(*key): [
+                {str(Action(kind, chunk, 0, j)): time for (kind, chunk, j), time in run.items()}
+                for run in runs
+            ]
+            for key, runs in self.runs.items()
+        }
+        file.write_text(json.dumps(kept) + "\n")
+
+    @property
+    def num_rounds(self) -> int:
+        """How often each stage ran."""
+        return min(map(len, self.runs.values()))
+
     @property
     def scatter(self) -> float:
         """By what share the second fastest run of a stage is slower than its fastest, in median."""
@@ -177,11 +204,11 @@ class Bench:
 
         Not the fastest of each action, which would favour fine cuts: more numbers have more luck.
         """
-        whole, halves = (
+        whole, *halves = (
             min(self.runs[cut, role, split], key=lambda parts: sum(parts.values()))
-            for split in (False, True)
+            for split in cut.halves
         )
-        return halves | whole
+        return (halves[0] if halves else {}) | whole
 
     def _run(self, cut: Cut, role: str, *, split: bool) -> Parts:
         chunks = self.chunks[cut.num_chunks, role]
@@ -214,6 +241,10 @@ class Bench:
             - timed.start
             for timed in clock.finish()[0]
         }
+
+
+def _name(cut: Cut, role: str, split: bool) -> str:
+    return " ".join(map(str, (*asdict(cut).values(), role, split)))
 
 
 def _between(first: Parts, last: Parts) -> Parts:

@@ -11,10 +11,7 @@ one.
 # ruff: noqa: E402
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,21 +28,26 @@ session = megatron.adaptor.install()
 
 import torch.distributed as dist
 from gpt import Trainer, add_model_arguments, make_batch, make_chunks, make_groups
+from report import save, sentence, setting
 from torch_pipelining import SCHEDULES, TorchTrainer
 
-from seq1f1b.schedule import Schedule, lower, one_f_one_b
+from seq1f1b.schedule import Schedule, interleaved, lower
 from seq1f1b.simulate import Costs, Link, simulate
 from seq1f1b.simulate.formulas import speedup_over_1f1b
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A schedule: in Megatron's own loop (auto) or in the executor."""
+    """A schedule: in Megatron's own loop (auto) or in the executor.
+
+    timed_by: whose actions, the same ones in the same order, stand in for its own.
+    """
 
     name: str
     kind: str = "auto"
     num_splits: int = 1
     num_chunks: int = 1
+    timed_by: str | None = None
 
     @property
     def speedup_in_theory(self) -> float | None:
@@ -60,9 +62,11 @@ class Contender:
 
 
 _NUM_MICRO_BATCHES = 4
+_INTERLEAVED = "executor, interleaved, v=2"
 FIELD = (
     Contender("Megatron 1F1B loop"),
-    Contender("Megatron interleaved loop, v=2", num_chunks=2),
+    Contender("Megatron interleaved loop, v=2", num_chunks=2, timed_by=_INTERLEAVED),
+    Contender(_INTERLEAVED, "1f1b", num_chunks=2),
     Contender("Seq1F1B s=4", "1f1b", 4),
     Contender("Seq1F1B interleaved v=2 s=2", "1f1b", 2, 2),
     Contender("Seq1F1B interleaved v=2 s=4", "1f1b", 4, 2),
@@ -95,28 +99,36 @@ def measure_link(length: int, width: int) -> Callable[[int], float]:
 
 def planned(contender: Contender, settings: Any) -> Schedule:
     """Return the schedule that the contender ran."""
-    if contender.kind == "auto" and contender.num_chunks == 1:
-        return lower(one_f_one_b(dist.get_world_size(), _NUM_MICRO_BATCHES))
-    return settings.schedule(
-        dist.get_world_size(), contender.num_chunks, _NUM_MICRO_BATCHES, trains=True
-    )
+    stages, chunks = dist.get_world_size(), contender.num_chunks
+    if contender.kind == "auto" and contender.num_splits == 1:
+        return lower(interleaved(stages, chunks, _NUM_MICRO_BATCHES))
+    return settings.schedule(stages, chunks, _NUM_MICRO_BATCHES, trains=True)
 
 
 def replay(
-    contender: Contender, trainer: Trainer, runs: list[Any], link_seconds: Any
-) -> float | None:
+    contender: Contender, trainer: Trainer, runs: dict[str, list[Any]], link_seconds: Any
+) -> float:
     """Return the simulated step from the means of the measured actions."""
-    if contender.kind == "auto" and contender.num_chunks > 1:
-        return None  # Megatron's interleaved loop does not tell which chunk it runs
     settings = trainer.settings(contender.kind, contender.num_splits, "uniform_comp")
     stages = [
-        [timed for run in runs for timed in run["timed"][stage]]
+        [
+            timed
+            for run in runs[contender.timed_by or contender.name]
+            for timed in run["timed"][stage]
+        ]
         for stage in range(dist.get_world_size())
     ]
     lengths = [part.length for part in settings.cut(trainer.options.length)]
     link = Link(bandwidth=1.0, tensor_bytes=tuple(link_seconds(n) for n in lengths))
     costs = Costs.measured(stages).completed()
     return simulate(planned(contender, settings), costs, link).step_time
+
+
+def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise RuntimeError unless all schedules have computed the same thing."""
+    losses = {name: done[-1]["loss"] for name, done in runs.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-4:
+        raise RuntimeError(f"the losses differ: {losses}")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,9 +159,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             if round_number:  # the first round warms caches and allocators up
                 runs[name].append(figures)
     median = {n: statistics.median(run["seconds"] for run in done) for n, done in runs.items()}
-    simulated = {
-        c.name: replay(c, trainers[c.num_chunks], runs[c.name], link_seconds) for c in FIELD
-    }
+    check_losses(runs)
+    simulated = {c.name: replay(c, trainers[c.num_chunks], runs, link_seconds) for c in FIELD}
     theory = {c.name: c.speedup_in_theory for c in FIELD}
     base = names[0]
 
@@ -171,14 +182,24 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(name) for name in names]
 
 
-def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+NOTES = """
+*replayed*: the mean time of each action in these runs, played in the simulator, says so. Megatron's
+interleaved loop is replayed with the times of the same actions in the executor. torch's schedules
+have no clock of ours. *theory*: all stages and sub-sequences equal, links free.
+
+Alike for all: model, weights, tokens, number of micro-batches, attention kernel, process group
+library, cores; every loss agrees to 1e-4. Not alike: Megatron's loop and the executor run
+Megatron's data-parallel wrapper (one replica), which adds weight gradients into one buffer within
+the matrix product, and count activation memory (our meter); torch's schedules run the bare modules,
+whose gradients autograd adds up, and count nothing. Their split backward (zero bubble) is torch's
+own.
+"""
+
+
+def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Return the report, a table in Markdown."""
     lines = [
-        f"{options.layers} layers, hidden {options.hidden_size}, {options.heads} heads, vocabulary "
-        f"{options.vocab_size}, {options.length} tokens, {_NUM_MICRO_BATCHES} micro-batches, "
-        f"float32, {dist.get_world_size()} stages, one core each, uniform_comp; "
-        f"torch {torch.__version__}; medians of {options.rounds} alternating rounds; "
-        f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}.",
+        sentence(about),
         "",
         "| schedule | s/step | speedup | replayed | measured / replayed | theory | "
         "activation MiB by stage |",
@@ -194,7 +215,7 @@ def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         cells = " | ".join("-" if number is None else f"{number:.3f}" for number in numbers)
         memory = ", ".join(f"{number:.1f}" for number in row["activation_mib"]) or "-"
         lines.append(f"| {row['schedule']} | {row['seconds_median']:.3f} | {cells} | {memory} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + NOTES
 
 
 def main() -> None:
@@ -210,11 +231,23 @@ def main() -> None:
     make_groups()
     rows = measure(options)
     if dist.get_rank() == 0:
-        report = markdown(rows, options)
+        about = setting(
+            layers=options.layers,
+            hidden=options.hidden_size,
+            heads=options.heads,
+            vocabulary=options.vocab_size,
+            tokens=options.length,
+            micro_batches=_NUM_MICRO_BATCHES,
+            stages=dist.get_world_size(),
+            threads_a_stage=1,
+            precision="float32",
+            cuts="uniform_comp",
+            alternating_rounds=options.rounds,
+        )
+        report = markdown(rows, about)
         print(report)
         if options.output:
-            options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(report)
+            save(options.output, about, rows, report)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -53,8 +53,9 @@ def token_cost(options: argparse.Namespace) -> TokenCost:
 
 
 def make_batch(options: argparse.Namespace) -> dict[str, Any]:
-    """Return one micro-batch of random tokens."""
-    tokens = torch.randint(0, options.vocab_size, (1, options.length + 1))
+    """Return one micro-batch of random tokens, the same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, options.vocab_size, (1, options.length + 1), generator=generator)
     return {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:],
@@ -77,10 +78,12 @@ def make_chunks(
         options.layers,
         pipeline_model_parallel_size=num_stages,
         virtual_pipeline_model_parallel_size=virtual,
+        # As Megatron's training sets them: batched, two stages would mix up the two directions.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
         gradient_accumulation_fusion=accumulates,
     )
-    torch.manual_seed(1)
-    return [
+    models = [
         make_part(
             options,
             config,
@@ -90,6 +93,23 @@ def make_chunks(
         )
         for chunk in range(num_chunks)
     ]
+    for model in models:
+        _draw_weights(model)
+    return models
+
+
+def _draw_weights(model: GPTModel) -> None:
+    """Give every layer weights that depend on its place in the whole model, however it is cut."""
+    parts = {layer.layer_number: layer for layer in model.decoder.layers}
+    if model.pre_process:
+        parts[0] = model.embedding
+    if model.post_process:
+        parts[-1] = model.output_layer
+    for number, part in parts.items():
+        generator = torch.Generator().manual_seed(number + 1)
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(std=model.config.init_method_std, generator=generator)
 
 
 def make_config(options: argparse.Namespace, num_layers: int, **others: Any) -> TransformerConfig:

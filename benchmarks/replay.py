@@ -50,9 +50,11 @@ class Baseline:
 
 
 def schedules(num_stages: int, m: int, cut: Cut, costs: Costs) -> Iterator[Schedule]:
-    """Yield every schedule of this cut."""
+    """Yield every schedule of this cut whose actions were timed."""
     v, s = cut.num_chunks, cut.num_splits
     yield interleaved(num_stages, v, m, s)
+    if True not in cut.halves:
+        return
     if v == 1:
         yield zb_h1(num_stages, m, s)
     yield greedy(num_stages, v, m, s, costs)
@@ -249,6 +251,9 @@ def main() -> None:
     add_model_arguments(parser, layers=2, hidden=192)
     parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument(
+        "--pool", type=Path, help="a file of all runs, to which further calls add theirs"
+    )
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -257,6 +262,8 @@ def main() -> None:
     make_groups()
     bench = Bench(options, session)
     bench.time_all()
+    if options.pool:
+        bench.pool(options.pool)
     tables = [table(bench, *shape) for shape in SHAPES]
     about = setting(
         layers_a_stage=options.layers,
@@ -264,7 +271,7 @@ def main() -> None:
         heads=options.heads,
         vocabulary=options.vocab_size,
         tokens=options.length,
-        rounds=options.rounds,
+        rounds=bench.num_rounds,
     )
     report = markdown(tables, HEADER.format(setting=sentence(about), scatter=bench.scatter))
     print(report)
