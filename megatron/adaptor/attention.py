@@ -52,6 +52,27 @@ def local_attention(
     return replacement
 
 
+def local_head_sizes(original: Callable[..., None]) -> Callable[..., None]:
+    """Let ``DotProductAttention.__init__`` take the head sizes that multi-latent attention has.
+
+    Its forward needs only the size of a value, to give its output the right shape.
+    """
+
+    def __init__(
+        self: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        original(self, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_attention_head = k_channels
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return __init__
+
+
 def transformer_engine_attention(
     context: ExecutionContext,
 ) -> Callable[[Callable[..., Tensor]], Any]:

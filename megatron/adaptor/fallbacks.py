@@ -127,6 +127,12 @@ def patches() -> list[Patch]:
             "the wheel has the compiled helpers, but no Makefile, without which Megatron exits",
             _compile_helpers,
         ),
+        Patch(
+            "megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__",
+            ("fp8",),
+            "recomputes norms where transformer-engine is missing, which the default asks for FP8",
+            _checkpoint_without_output,
+        ),
     ]
 
 
@@ -146,6 +152,16 @@ def _validate_args(original: Callable) -> Callable:
         return original(args, *others, **kwargs)
 
     return validate_args
+
+
+def _checkpoint_without_output(original: Callable) -> Callable:
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+
+    def __init__(self: Any, fp8: Any = False) -> None:
+        # Anything but None, False included, means a recipe to Megatron.
+        original(self, fp8 if has_engine else None)
+
+    return __init__
 
 
 def _compile_helpers(original: Callable) -> Callable:

@@ -9,12 +9,16 @@ import torch
 from megatron.core import parallel_state
 
 from megatron.adaptor import fallbacks, metrics, trace, weight_gradients
-from megatron.adaptor.attention import local_attention, transformer_engine_attention
+from megatron.adaptor.attention import (
+    local_attention,
+    local_head_sizes,
+    transformer_engine_attention,
+)
 from megatron.adaptor.batch import BatchCutter
 from megatron.adaptor.experts import RouterLosses
 from megatron.adaptor.norms import sequence_parallel_norm
 from megatron.adaptor.patches import Attribute, Patch
-from megatron.adaptor.positions import rotary_offset
+from megatron.adaptor.positions import cached_rotary_offset, rotary_offset
 from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
 from megatron.adaptor.tokenizer import gpt2_from_files
 from seq1f1b.runtime import Channel, ExecutionContext
@@ -124,6 +128,12 @@ class Session:
                 "attends to earlier sub-sequences, with flash kernels instead of the full matrix",
                 local_attention(self.context, self._masks_count),
             ),
+            Patch(
+                f"{_CORE}.transformer.dot_product_attention:DotProductAttention.__init__",
+                ("softmax_scale",),
+                "takes the head sizes of keys and values from multi-latent attention",
+                local_head_sizes,
+            ),
             *self._transformer_engine_patches(),
             *self._expert_patches(),
             Patch(
@@ -144,6 +154,13 @@ class Session:
                 ("max_seq_len", "offset"),
                 "rotary positions of a sub-sequence start at its offset",
                 rotary_offset(self.context),
+            ),
+            Patch(
+                f"{_CORE}.models.common.embeddings.yarn_rotary_pos_embedding:"
+                "YarnRotaryEmbedding.get_cached_cos_sin",
+                ("seq_len", "offset"),
+                "keeps no cosines of one sub-sequence for another",
+                cached_rotary_offset(self.context),
             ),
         ]
 

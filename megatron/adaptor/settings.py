@@ -21,6 +21,7 @@ from seq1f1b.schedule import (
 from seq1f1b.sequence import (
     BALANCE_METHODS,
     Documents,
+    LatentAttention,
     PackedCost,
     PartitionError,
     SubSequence,
@@ -324,6 +325,14 @@ def _truthy(name: str) -> Callable[[argparse.Namespace], bool]:
 
 
 _REMOVE = "is not supported with sub-sequences: leave it out, or use --seq1f1b-splits 1"
+_RECURRENT = (
+    "is not supported with sub-sequences, which carry keys and values but no recurrent state: "
+    "leave it out, or use --seq1f1b-splits 1"
+)
+_OFFLOAD = (
+    "cannot tell sub-sequences apart: recompute instead (--recompute-granularity), take more "
+    "splits, or use --seq1f1b-splits 1"
+)
 _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] = (
     (
         lambda args: args.attention_dropout > 0,
@@ -346,16 +355,18 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
         f"must be of {', '.join(sorted(_ROUTINGS))} with sub-sequences; the others balance over "
         "other tokens than one sub-sequence has",
     ),
-    (_truthy("multi_latent_attention"), "--multi-latent-attention", _REMOVE),
     (_truthy("mtp_num_layers"), "--mtp-num-layers", _REMOVE),
     (_truthy("variable_seq_lengths"), "--variable-seq-lengths", _REMOVE),
-    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _REMOVE),
-    (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _REMOVE),
+    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _RECURRENT),
+    (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _RECURRENT),
+    (_truthy("qk_clip"), "--qk-clip", _REMOVE),
+    (_truthy("log_max_attention_logit"), "--log-max-attention-logit", _REMOVE),
+    (_truthy("cpu_offloading_num_layers"), "--cpu-offloading-num-layers", _OFFLOAD),
     (_truthy("window_size"), "--window-size", _REMOVE),
     (
         _truthy("fine_grained_activation_offloading"),
         "--fine-grained-activation-offloading",
-        _REMOVE,
+        _OFFLOAD,
     ),
     (_truthy("overlap_moe_expert_parallel_comm"), "--overlap-moe-expert-parallel-comm", _REMOVE),
     (_truthy("use_megatron_fsdp"), "--use-megatron-fsdp", _REMOVE),
@@ -405,4 +416,15 @@ def _token_cost(args: argparse.Namespace) -> TokenCost:
         ffn_hidden_size=_ffn_width(args),
         gated_linear_unit=args.swiglu,
         vocab_size=getattr(args, "padded_vocab_size", None) or 0,
+        latent=_latent_attention(args) if args.multi_latent_attention else None,
+    )
+
+
+def _latent_attention(args: argparse.Namespace) -> LatentAttention:
+    return LatentAttention(
+        query_rank=args.q_lora_rank,
+        kv_rank=args.kv_lora_rank,
+        head=args.qk_head_dim,
+        rotary=args.qk_pos_emb_head_dim,
+        value=args.v_head_dim,
     )

@@ -19,6 +19,37 @@ from seq1f1b.sequence.documents import Documents
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Sizes of multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    query_rank, kv_rank: width of the compressed query (None: not compressed), keys and values.
+    head, rotary, value: width of one head's key without position, of its rotary part and its value.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    head: int
+    rotary: int
+    value: int
+
+    def weights(self, hidden_size: int, num_heads: int) -> int:
+        """Number of weights in the projections of one layer."""
+        query_size = num_heads * (self.head + self.rotary)
+        query = (
+            hidden_size * query_size
+            if self.query_rank is None
+            else self.query_rank * (hidden_size + query_size)
+        )
+        down = hidden_size * (self.kv_rank + self.rotary)
+        up = self.kv_rank * num_heads * (self.head + self.value)
+        return query + down + up + num_heads * self.value * hidden_size
+
+    def pair_width(self, num_heads: int) -> int:
+        """Multiplications of one (query, key) pair in one layer."""
+        return num_heads * (self.head + self.rotary + self.value)
+
+
+@dataclass(frozen=True)
 class TokenCost:
     """Forward floating-point operations of a whole model.
 
@@ -41,22 +72,27 @@ class TokenCost:
         ffn_hidden_size: int | None = None,
         gated_linear_unit: bool = False,
         vocab_size: int = 0,
+        latent: LatentAttention | None = None,
     ) -> "TokenCost":
         """Count a GPT's matrix products: 2 operations per weight and token, 2 products per pair.
 
         ``ffn_hidden_size`` is the width one token passes through in all: for a mixture of experts,
         the sum over the experts it is routed to. ``vocab_size`` 0 leaves the output layer out.
+        With ``latent``, the sizes of heads and groups are taken from it.
         """
         channels = kv_channels or hidden_size // num_attention_heads
         query_size = num_attention_heads * channels
         kv_size = (num_query_groups or num_attention_heads) * channels
         ffn = ffn_hidden_size or 4 * hidden_size
-        attention_weights = hidden_size * (2 * query_size + 2 * kv_size)
+        attention_weights, pair_width = 2 * hidden_size * (query_size + kv_size), 2 * query_size
+        if latent is not None:
+            attention_weights = latent.weights(hidden_size, num_attention_heads)
+            pair_width = latent.pair_width(num_attention_heads)
         mlp_weights = hidden_size * ffn * (3 if gated_linear_unit else 2)
         return cls(
             linear=2.0
             * (num_layers * (attention_weights + mlp_weights) + hidden_size * vocab_size),
-            attention=4.0 * num_layers * query_size,
+            attention=2.0 * num_layers * pair_width,
         )
 
     def of(self, start: int, stop: int) -> float:

@@ -104,6 +104,21 @@ REFUSED = {
         ),
         ["--context-parallel-size"],
     ),
+    "Mamba layers": (
+        ["--seq1f1b-splits", "4", "--hybrid-layer-pattern", "M*M*"],
+        ["--hybrid-layer-pattern is not supported with sub-sequences", "no recurrent state"],
+    ),
+    "offloaded activations": (
+        [
+            *("--seq1f1b-splits", "4", "--pipeline-model-parallel-size", "1"),
+            *("--tensor-model-parallel-size", "2", "--cpu-offloading-num-layers", "2"),
+        ],
+        ["--cpu-offloading-num-layers cannot tell sub-sequences apart", "recompute instead"],
+    ),
+    "multi-token prediction": (
+        ["--seq1f1b-splits", "4", "--mtp-num-layers", "1", "--position-embedding-type", "rope"],
+        ["--mtp-num-layers is not supported with sub-sequences"],
+    ),
     "several at once": (
         ["--seq1f1b-splits", "0", "--attention-dropout", "0.1", "--seq1f1b-schedule", "1f1b"],
         ["--seq1f1b-splits 0", "--attention-dropout must be 0"],
@@ -140,6 +155,14 @@ ACCEPTED = {
         ["--enable-seq1f1b", "--seq1f1b-balance-method", "average"],
         4,
         [32, 32, 32, 32],
+    ),
+    "multi-latent attention": (
+        shlex.split(
+            "--seq1f1b-splits 2 --seq1f1b-balance-method average --multi-latent-attention "
+            "--position-embedding-type rope --rope-type rope"
+        ),
+        2,
+        [64, 64],
     ),
     "MindSpeed's flag and a number": (
         ["--enable-seq1f1b", "--seq1f1b-splits", "2", "--seq1f1b-balance-method", "average"],

@@ -1,7 +1,8 @@
 """A tiny GPT of Megatron's on this worker's stage, and the same model whole on one rank."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -12,10 +13,24 @@ from tests.distributed.packed_data import END, packed
 
 VOCAB, HIDDEN, HEADS, GROUPS, LAYERS, BATCH = 40, 32, 4, 2, 4, 2
 
+# Megatron's training loop hangs these on the configuration of models without latent attention.
+YARN = {
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 8,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}
+
 
 @dataclass(frozen=True)
 class Case:
-    """One step to run: the shape of the pipeline and what the model is made of."""
+    """One step to run: the shape of the pipeline and what the model is made of.
+
+    config, spec, model: further arguments of Megatron's configuration, layer spec and GPTModel.
+    """
 
     num_stages: int
     num_micro_batches: int
@@ -32,6 +47,9 @@ class Case:
     per_token: bool = False
     experts: str | None = None
     documents: str | None = None  # the entry of a batch that tells packed documents apart
+    config: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 def worst_gradient_error(case: Case) -> float:
@@ -57,7 +75,11 @@ def worst_gradient_error(case: Case) -> float:
         micro_batch_size=BATCH,
     )
     session.context.use_kernel("reference")
+    ahead = _logged_ahead()
     losses = _run_whole(case, whole, data)
+    expected = _logged_ahead()
+    if ahead is not None:
+        torch.testing.assert_close(ahead, expected, rtol=1e-5, atol=0.0)
     if reports:
         assert len(reports) == case.num_micro_batches
         for report, loss in zip(reports, losses, strict=True):
@@ -71,6 +93,16 @@ def _reader(case: Case, data: list[dict[str, Any]]) -> Iterator[Any] | None:
     if case.documents and 0 < stage < case.num_stages - 1 and case.num_chunks == 1:
         return None
     return iter([{**batch, "attention_mask": None} for batch in data])
+
+
+def _logged_ahead() -> Tensor | None:
+    """Take what Megatron has logged of multi-token prediction: losses, right guesses, guesses."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    logged = dict(MTPLossLoggingHelper.tracker)
+    MTPLossLoggingHelper.tracker.clear()
+    names = ("loss_values", "correct_values", "total_values")
+    return torch.stack([logged[name] for name in names]) if logged else None
 
 
 def _mean(value: Tensor) -> Tensor:
@@ -101,13 +133,17 @@ def _make_groups(case: Case) -> None:
 
 
 def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
-    return TransformerConfig(
+    is_latent = case.config.get("multi_latent_attention")
+    arguments = dict(
         num_layers=case.layers,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
+        num_query_groups=HEADS if is_latent else GROUPS,
         pipeline_model_parallel_size=num_stages,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         pipeline_dtype=torch.float32,
@@ -122,6 +158,11 @@ def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) 
         recompute_num_layers=1 if case.recompute else None,
         **_experts(case),
     )
+    config = (MLATransformerConfig if is_latent else TransformerConfig)(**arguments | case.config)
+    if case.positions == "yarn":
+        for name, value in YARN.items():
+            setattr(config, name, value)
+    return config
 
 
 def _experts(case: Case) -> dict[str, Any]:
@@ -141,19 +182,26 @@ def _experts(case: Case) -> dict[str, Any]:
 
 def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
 
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, **case.spec)
+    if config.mtp_num_layers:
+        kwargs["mtp_block_spec"] = get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=False, vp_stage=kwargs.get("vp_stage")
+        )
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=False
-        ),
+        transformer_layer_spec=spec,
         vocab_size=VOCAB,
         max_sequence_length=case.length,
         pre_process=first,
         post_process=last,
         position_embedding_type=case.positions,
         share_embeddings_and_output_weights=case.tied,
+        **case.model,
         **kwargs,
     )
 
@@ -165,7 +213,30 @@ def _whole_model(case: Case) -> Any:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = _groups_of_one()[torch.distributed.get_rank()]
     torch.manual_seed(3)
-    return _model(case, _config(case, 1, 1, accumulates=False), True, True, pg_collection=groups)
+    with _only_stage():
+        return _model(
+            case, _config(case, 1, 1, accumulates=False), True, True, pg_collection=groups
+        )
+
+
+@contextmanager
+def _only_stage() -> Iterator[None]:
+    """Let Megatron's global state say that this rank is the whole pipeline.
+
+    Layers for multi-token prediction are built where that state puts the last stage.
+    """
+    from megatron.core import parallel_state
+
+    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    parallel_state.set_pipeline_model_parallel_world_size(1)
+    parallel_state.set_pipeline_model_parallel_rank(0)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(num_chunks)
+        parallel_state.set_pipeline_model_parallel_world_size(None)
+        parallel_state.set_pipeline_model_parallel_rank(None)
 
 
 def _stage_chunks(case: Case, whole: Any) -> list[Any]:
@@ -249,7 +320,11 @@ def _forward_step(case: Case) -> Callable[..., Any]:
             next(data), is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
         )
         output = model(
-            batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
         )
         of_output = sum_loss if case.loss == "sum" else mean_loss
         return output, lambda losses: of_output(batch["loss_mask"], losses)
@@ -280,10 +355,20 @@ def settings_of(case: Case) -> Any:
 
 def _run_whole(case: Case, model: Any, data: list[dict[str, Any]]) -> list[Tensor]:
     """Backpropagate whole micro-batches on one rank; return the mean loss of each."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
     losses = []
+    scale = 1.0 if case.per_token else 1 / case.num_micro_batches
+    MTPLossAutoScaler.set_loss_scale(torch.tensor(scale))
     for batch in data:
         mask = batch["attention_mask"]
-        output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            mask,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
         total, count = (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
         if case.per_token:
             total.backward()

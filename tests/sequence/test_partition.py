@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seq1f1b.sequence import (
     BALANCE_METHODS,
+    LatentAttention,
     PartitionError,
     TokenCost,
     imbalance,
@@ -121,6 +122,17 @@ def test_token_cost_knows_grouped_queries_gates_and_wide_mlps():
     )
     assert cost.linear == 2.0 * (8 * (2 * 12 + 2 * 6) + 8 * 10 * 3)
     assert cost.attention == 4.0 * 12
+
+
+@pytest.mark.parametrize("query_rank, query", [(5, 8 * 5 + 5 * 4 * 9), (None, 8 * 4 * 9)])
+def test_token_cost_knows_latent_attention(query_rank, query):
+    latent = LatentAttention(query_rank=query_rank, kv_rank=3, head=7, rotary=2, value=6)
+    cost = TokenCost.of_transformer(
+        num_layers=1, hidden_size=8, num_attention_heads=4, ffn_hidden_size=10, latent=latent
+    )
+    keys_and_values = 8 * (3 + 2) + 3 * 4 * (7 + 6)
+    assert cost.linear == 2.0 * (query + keys_and_values + 4 * 6 * 8 + 8 * 10 * 2)
+    assert cost.attention == 2.0 * 4 * (9 + 6)
 
 
 def test_sub_sequences_lie_one_behind_the_other():

@@ -1,0 +1,130 @@
+"""Gradients of every model family under Seq1F1B against the whole model on one rank, in float32."""
+
+from dataclasses import replace
+
+import pytest
+from torch.nn.functional import silu
+
+from tests.distributed.megatron_model import Case
+from tests.distributed.test_megatron_gradients import check
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+LLAMA = {
+    "gated_linear_unit": True,
+    "activation_func": silu,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+}
+LATENT = {
+    **LLAMA,
+    "multi_latent_attention": True,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "qk_layernorm": True,
+    "rope_type": "rope",
+}
+RMS_NORM = {"normalization": "RMSNorm"}
+LATENT_SPEC = {**RMS_NORM, "multi_latent_attention": True, "qk_layernorm": True}
+
+_PLAIN = Case(2, 3, 4)
+_LLAMA = replace(_PLAIN, config=LLAMA, spec=RMS_NORM)
+_QWEN3 = replace(
+    _PLAIN, config=LLAMA | {"qk_layernorm": True}, spec=RMS_NORM | {"qk_layernorm": True}
+)
+_DEEPSEEK = replace(_PLAIN, config=LATENT, spec=LATENT_SPEC)
+
+
+def with_config(case: Case, **config: object) -> Case:
+    return replace(case, config=case.config | config)
+
+
+FAMILIES = {
+    "GPT": replace(_PLAIN, positions="learned_absolute", tied=True),
+    "Llama": _LLAMA,
+    "Llama, tied": replace(_LLAMA, tied=True),
+    "Llama, scaled RoPE": replace(_LLAMA, model={"rope_scaling": True, "rotary_base": 100}),
+    "Llama, interpolated RoPE": replace(_LLAMA, model={"seq_len_interpolation_factor": 3.0}),
+    "Llama, half of each head rotated": replace(_LLAMA, model={"rotary_percent": 0.5}),
+    "Llama, interleaved RoPE": with_config(_LLAMA, rotary_interleaved=True),
+    "Llama, some layers without RoPE": with_config(_LLAMA, no_rope_freq=[0, 1, 0, 1]),
+    "Llama, YaRN": replace(_LLAMA, positions="yarn"),
+    "Qwen3": _QWEN3,
+    "Qwen3, tied": replace(_QWEN3, tied=True),
+    "DeepSeek": _DEEPSEEK,
+    "DeepSeek, no compressed query": with_config(
+        replace(_DEEPSEEK, spec=LATENT_SPEC | {"qk_layernorm": False}),
+        q_lora_rank=None,
+        qk_layernorm=False,
+    ),
+    "DeepSeek, YaRN": with_config(
+        _DEEPSEEK, rope_type="yarn", rotary_scaling_factor=4.0, original_max_position_embeddings=8
+    ),
+}
+
+
+def test_every_family(workers):
+    check(workers, 2, list(FAMILIES.values()))
+
+
+@pytest.mark.parametrize("name", ["Llama, YaRN", "DeepSeek, YaRN"])
+def test_split_backwards_and_chunks(workers, name):
+    family = FAMILIES[name]
+    kinds = ({"kind": "zb-h1"}, {"kind": "greedy", "num_chunks": 2}, {"num_chunks": 2})
+    check(workers, 2, [replace(family, num_micro_batches=4, **kind) for kind in kinds])
+
+
+def test_latent_attention_among_experts_and_documents(workers):
+    others = (
+        {"experts": "seq_aux_loss"},
+        {"documents": "position_ids"},
+        {"documents": "tokens", "num_stages": 2, "kind": "zb-h1"},
+        {"experts": "aux_loss", "documents": "cu_seqlens", "num_chunks": 2},
+    )
+    check(workers, 2, [replace(_DEEPSEEK, **other) for other in others])
+
+
+def full(method: str, num_layers: int) -> dict[str, object]:
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": method,
+        "recompute_num_layers": num_layers,
+    }
+
+
+def selective(*modules: str) -> dict[str, object]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+RECOMPUTED = {
+    "every layer": (_LLAMA, full("uniform", 1)),
+    "two layers at a time": (_QWEN3, full("uniform", 2)),
+    "one layer of a chunk": (_LLAMA, full("block", 1)),
+    "latent attention's layers": (_DEEPSEEK, full("uniform", 1)),
+    "attention": (_LLAMA, selective("core_attn")),
+    "norms": (_QWEN3, selective("layernorm")),
+    "MLPs": (_LLAMA, selective("mlp")),
+    "latent attention": (_DEEPSEEK, selective("core_attn")),
+    "latent up-projections": (_DEEPSEEK, selective("mla_up_proj")),
+    "several": (_DEEPSEEK, selective("core_attn", "layernorm", "mlp")),
+    "all but attention": (_DEEPSEEK, selective("mla_up_proj", "layernorm", "mlp")),
+}
+SCHEDULES = {
+    "1f1b": {},
+    "interleaved": {"num_chunks": 2, "num_micro_batches": 4},
+    "zb-h1": {"kind": "zb-h1"},
+    "greedy": {"kind": "greedy"},
+    "greedy interleaved": {"kind": "greedy", "num_chunks": 2, "num_micro_batches": 4},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_recomputation(workers, schedule):
+    cases = [
+        replace(with_config(family, **config), **SCHEDULES[schedule])
+        for family, config in RECOMPUTED.values()
+    ]
+    check(workers, 2, cases)
