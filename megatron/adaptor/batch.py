@@ -58,6 +58,7 @@ class BatchCutter:
     def __init__(self, context: ExecutionContext) -> None:
         self._context = context
         self._masks: tuple[Tensor, Tensor] | None = None
+        self._wholes: list[tuple[Tensor, Tensor]] = []
 
     def replacement(self, original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         """Return ``get_batch_on_this_cp_rank`` with the cut added."""
@@ -70,6 +71,15 @@ class BatchCutter:
     def forget(self) -> None:
         """A new action begins; nothing is known of its tokens yet."""
         self._masks = None
+        self._wholes = []
+
+    def remember(self, cut: Tensor, whole: Tensor) -> None:
+        """Let ``whole_of(cut)`` be ``whole`` until the next action."""
+        self._wholes.append((cut, whole))
+
+    def whole_of(self, tensor: Tensor) -> Tensor | None:
+        """Return what ``tensor`` was cut from, ``[b, total]``; None if it was not cut here."""
+        return next((whole for cut, whole in self._wholes if cut is tensor), None)
 
     def weight(self) -> Tensor | float:
         """Return the running sub-sequence's share of the micro-batch's tokens that count."""
@@ -93,6 +103,9 @@ class BatchCutter:
             else value
             for key, value in batch.items()
         }
+        for key, value in cut.items():
+            if value is not batch[key]:
+                self.remember(value, batch[key])
         # Sub-sequences attend causally to their prefix; a mask over the whole sequence is no use.
         cut["attention_mask"] = None
         mask = batch.get("loss_mask")

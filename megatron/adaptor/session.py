@@ -16,6 +16,7 @@ from megatron.adaptor.attention import (
 )
 from megatron.adaptor.batch import BatchCutter
 from megatron.adaptor.experts import RouterLosses
+from megatron.adaptor.lookahead import Lookahead
 from megatron.adaptor.norms import sequence_parallel_norm
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.positions import cached_rotary_offset, rotary_offset
@@ -142,6 +143,7 @@ class Session:
                 "gives sequence parallelism norms where apex is missing",
                 sequence_parallel_norm,
             ),
+            *Lookahead(self.context, self.cutter).patches(),
             Patch(
                 f"{_CORE}.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",
                 ("max_seq_len", "offset"),

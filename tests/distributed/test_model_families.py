@@ -128,3 +128,23 @@ def test_recomputation(workers, schedule):
         for family, config in RECOMPUTED.values()
     ]
     check(workers, 2, cases)
+
+
+AHEAD = {
+    "Llama": with_config(_LLAMA, mtp_num_layers=1),
+    "two tokens ahead": with_config(_QWEN3, mtp_num_layers=2),
+    "tied": with_config(replace(_LLAMA, tied=True), mtp_num_layers=1),
+    "DeepSeek": with_config(_DEEPSEEK, mtp_num_layers=2),
+    "normalised by all tokens": with_config(replace(_LLAMA, per_token=True), mtp_num_layers=2),
+    "mean loss": with_config(replace(_LLAMA, loss="mean"), mtp_num_layers=1),
+    "heads apart": with_config(_LLAMA, mtp_num_layers=1, mtp_detach_heads=True),
+    "recomputed": with_config(_DEEPSEEK, mtp_num_layers=2, **full("uniform", 1)),
+    "attention recomputed": with_config(_LLAMA, mtp_num_layers=1, **selective("core_attn")),
+    "short parts": with_config(replace(_LLAMA, length=9, num_splits=8), mtp_num_layers=3),
+    "one stage": with_config(_LLAMA, mtp_num_layers=2),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_multi_token_prediction(workers, schedule):
+    check(workers, 2, [replace(case, **SCHEDULES[schedule]) for case in AHEAD.values()])
