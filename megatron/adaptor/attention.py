@@ -1,10 +1,13 @@
 """Megatron's core attention, routed to the sub-sequence attention of the running action."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron.adaptor.context_parallel import to_heads, to_tokens
 from seq1f1b.runtime import ExecutionContext
 
 
@@ -33,7 +36,7 @@ def local_attention(
             obstacle = _obstacle(self, attn_mask_type, attention_bias, packed_seq_params)
             needs_mask = attention_mask is not None and context.action is None and masks_count()
             if obstacle is None and not needs_mask:
-                return context.attend(self, query, key, value, _local_scale(self)).flatten(2)
+                return _attend(context, self, query, key, value, _local_scale(self))
             if obstacle is not None and needs_context(context):
                 raise ValueError(f"layer {self.layer_number}: {obstacle}")
             return original(
@@ -52,20 +55,25 @@ def local_attention(
     return replacement
 
 
-def local_head_sizes(original: Callable[..., None]) -> Callable[..., None]:
-    """Let ``DotProductAttention.__init__`` take the head sizes that multi-latent attention has.
+def local_attention_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Let ``DotProductAttention.__init__`` take what ``local_attention`` can do beyond Megatron's.
 
-    Its forward needs only the size of a value, to give its output the right shape.
+    That is context parallelism through all-to-all, and the head sizes of multi-latent attention, of
+    which the forward needs only the size of a value, to give its output the right shape.
     """
 
     def __init__(
         self: Any,
+        config: Any,
         *args: Any,
         k_channels: int | None = None,
         v_channels: int | None = None,
         **kwargs: Any,
     ) -> None:
-        original(self, *args, **kwargs)
+        kinds = config.cp_comm_type
+        exchanges = set([kinds] if isinstance(kinds, str) else kinds or ()) == {"a2a"}
+        original(self, _on_one_rank(config) if exchanges else config, *args, **kwargs)
+        self.config = config
         if v_channels is not None:
             self.hidden_size_per_attention_head = k_channels
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
@@ -95,7 +103,7 @@ def transformer_engine_attention(
                 if obstacle:
                     raise ValueError(obstacle)
                 scale = getattr(self, "softmax_scale", None) or query.shape[-1] ** -0.5
-                return context.attend(self, query, key, value, scale).flatten(2)
+                return _attend(context, self, query, key, value, scale)
             return original(
                 self,
                 query,
@@ -111,6 +119,23 @@ def transformer_engine_attention(
         return forward
 
     return replacement
+
+
+def _on_one_rank(config: Any) -> Any:
+    alone = copy.copy(config)
+    alone.context_parallel_size = 1
+    return alone
+
+
+def _attend(
+    context: ExecutionContext, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Attend with this rank's share of the heads; return ``[n, b, heads * v dim]``."""
+    if module.config.context_parallel_size == 1:
+        return context.attend(module, query, key, value, scale).flatten(2)
+    group = parallel_state.get_context_parallel_group()
+    query, key, value = (to_heads(group, tensor) for tensor in (query, key, value))
+    return to_tokens(group, context.attend(module, query, key, value, scale)).flatten(2)
 
 
 def needs_context(context: ExecutionContext) -> bool:

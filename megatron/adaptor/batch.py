@@ -64,7 +64,7 @@ class BatchCutter:
         """Return ``get_batch_on_this_cp_rank`` with the cut added."""
 
         def get_batch_on_this_cp_rank(batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            return self._cut(original(batch, *args, **kwargs))
+            return original(self._cut(batch), *args, **kwargs)
 
         return get_batch_on_this_cp_rank
 
@@ -89,6 +89,10 @@ class BatchCutter:
             return part.length / part.total
         own, whole = self._masks
         return own.sum() / whole.sum().clamp(min=1)
+
+    def num_tokens(self) -> Tensor | None:
+        """Return how many tokens of the whole micro-batch count; None if no mask says so."""
+        return None if self._masks is None else self._masks[1].sum()
 
     def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         part = self._context.part

@@ -28,15 +28,20 @@ class _DivideInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return grad_output / ctx.divisor.clamp(min=1), None
+        # No token counts, no loss: the gradient is 0.
+        return grad_output / (ctx.divisor + (ctx.divisor == 0)), None
 
 
 class TokenExactLoss:
-    """Wraps the loss functions of one step's sub-sequences and merges their reports."""
+    """Wraps the loss functions of one step's sub-sequences and merges their reports.
 
-    def __init__(self, cutter: BatchCutter, *, per_token: bool) -> None:
+    ``num_shares`` ranks of context parallelism have the tokens of a sub-sequence among them.
+    """
+
+    def __init__(self, cutter: BatchCutter, *, per_token: bool, num_shares: int = 1) -> None:
         self._cutter = cutter
         self._per_token = per_token
+        self._num_shares = num_shares
         self._num_tokens: dict[int, Tensor] = {}
         self._reports: dict[int, Report] = {}
 
@@ -59,11 +64,22 @@ class TokenExactLoss:
             loss, num_tokens, report = outputs
             if self._per_token:
                 return loss, num_tokens, report
-            total = self._num_tokens.setdefault(action.micro_batch, torch.zeros_like(num_tokens))
-            total += num_tokens
-            return _DivideInBackward.apply(loss, total), torch.ones_like(num_tokens), report
+            divisor = self._divisor(action, num_tokens)
+            return _DivideInBackward.apply(loss, divisor), torch.ones_like(num_tokens), report
 
         return sub_sequence_loss
+
+    def _divisor(self, action: Action, num_tokens: Tensor) -> Tensor:
+        """Return what will be, when gradients come, this rank's share of the micro-batch's tokens.
+
+        Gradients are averaged over the ranks of context parallelism, whose tokens count unequally.
+        """
+        whole = self._cutter.num_tokens() if self._num_shares > 1 else None
+        if whole is not None:
+            return whole / self._num_shares
+        total = self._num_tokens.setdefault(action.micro_batch, torch.zeros_like(num_tokens))
+        total += num_tokens
+        return total
 
     def collect(self, action: Action, report: Any) -> None:
         """Add what the sub-sequence of ``action`` reported to its micro-batch's report."""

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.adaptor import fallbacks, metrics, trace, weight_gradients
 from megatron.adaptor.attention import (
     local_attention,
-    local_head_sizes,
+    local_attention_init,
     transformer_engine_attention,
 )
 from megatron.adaptor.batch import BatchCutter
@@ -132,8 +132,8 @@ class Session:
             Patch(
                 f"{_CORE}.transformer.dot_product_attention:DotProductAttention.__init__",
                 ("softmax_scale",),
-                "takes the head sizes of keys and values from multi-latent attention",
-                local_head_sizes,
+                "allows the head sizes of multi-latent attention, and context parallelism",
+                local_attention_init,
             ),
             *self._transformer_engine_patches(),
             *self._expert_patches(),

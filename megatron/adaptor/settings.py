@@ -1,13 +1,15 @@
 """The flags of Seq1F1B: what they are, what they may be, and what they mean for a step."""
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from megatron.adaptor.documents import Packing
+from megatron.adaptor.refusals import unsupported
 from seq1f1b.attention.kernels import KERNELS
 from seq1f1b.schedule import (
     Schedule,
@@ -198,8 +200,8 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     num_splits = args.seq1f1b_splits
     if num_splits is None:
         num_splits = MINDSPEED_SPLITS if args.enable_seq1f1b else 1
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    features = _feature_faults(args)
+    packing = _packing(args)
+    features = unsupported(args, packing)
     asked = num_splits > 1 or args.seq1f1b_schedule != "auto"
     settings = Settings(
         num_splits=num_splits,
@@ -207,13 +209,13 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         attention=args.seq1f1b_attention,
         metrics_file=args.seq1f1b_metrics_file,
         sequence_length=args.seq_length,
-        multiple=multiple,
+        multiple=_multiple(args),
         cost=_token_cost(args),
         kind=args.seq1f1b_schedule,
         max_live=args.seq1f1b_max_live,
         trace_file=args.seq1f1b_trace_file,
         trace_iteration=args.seq1f1b_trace_iteration,
-        packing=_packing(args) if asked or not features else None,
+        packing=packing if asked or not features else None,
     )
     faults = [*_split_faults(settings, args), *_schedule_faults(settings, args)]
     if asked:
@@ -236,14 +238,36 @@ def _split_faults(settings: Settings, args: argparse.Namespace) -> list[str]:
     try:
         settings.cut(settings.sequence_length)
     except PartitionError as error:
-        because = (
-            f" (--sequence-parallel with --tensor-model-parallel-size {settings.multiple} deals "
-            f"tokens out {settings.multiple} at a time)"
-            if settings.multiple > 1
-            else ""
-        )
-        return [f"{given} with --seq-length {args.seq_length}: {error}{because}"]
+        return [f"{given} with --seq-length {args.seq_length}: {error}{_why_multiple(args)}"]
     return []
+
+
+def _multiple(args: argparse.Namespace) -> int:
+    """Return what the length of a sub-sequence is a multiple of, so that ranks can share it.
+
+    Context parallelism deals it out in two pieces per rank, sequence parallelism deals a rank's
+    tokens out again.
+    """
+    cp = args.context_parallel_size
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return cp * math.lcm(2, tp) if cp > 1 else tp
+
+
+def _why_multiple(args: argparse.Namespace) -> str:
+    flags = [
+        f"{flag} {size}"
+        for flag, size, counts in (
+            ("--context-parallel-size", args.context_parallel_size, True),
+            (
+                "--sequence-parallel with --tensor-model-parallel-size",
+                args.tensor_model_parallel_size,
+                args.sequence_parallel,
+            ),
+        )
+        if counts and size > 1
+    ]
+    multiple = _multiple(args)
+    return f" ({' and '.join(flags)} deal tokens out {multiple} at a time)" if flags else ""
 
 
 def _schedule_faults(settings: Settings, args: argparse.Namespace) -> Iterator[str]:
@@ -295,107 +319,6 @@ def _end_of_document() -> int:
     from megatron.training import get_tokenizer
 
     return int(get_tokenizer().eod)
-
-
-def _feature_faults(args: argparse.Namespace) -> list[str]:
-    """Return a line for every flag that the executor does not support, with what to do."""
-    faults = [(flag, advice) for is_set, flag, advice in _UNSUPPORTED if is_set(args)]
-    packing = _packing(args)
-    if packing is not None:
-        named = {flag for flag, _ in faults}
-        advice = f"cannot go with {packing.flag}: leave one of them out"
-        faults += [
-            (flag, advice)
-            for is_set, flag in _UNSUPPORTED_PACKED
-            if is_set(args) and flag not in named
-        ]
-    return [f"{flag} {advice}" for flag, advice in faults]
-
-
-_ROUTINGS = frozenset({"aux_loss", "seq_aux_loss", "none"})
-
-
-def _routings(args: argparse.Namespace) -> list[str]:
-    kinds = args.moe_router_load_balancing_type
-    return [kinds] if isinstance(kinds, str) else list(kinds)
-
-
-def _truthy(name: str) -> Callable[[argparse.Namespace], bool]:
-    return lambda args: bool(getattr(args, name, None))
-
-
-_REMOVE = "is not supported with sub-sequences: leave it out, or use --seq1f1b-splits 1"
-_RECURRENT = (
-    "is not supported with sub-sequences, which carry keys and values but no recurrent state: "
-    "leave it out, or use --seq1f1b-splits 1"
-)
-_OFFLOAD = (
-    "cannot tell sub-sequences apart: recompute instead (--recompute-granularity), take more "
-    "splits, or use --seq1f1b-splits 1"
-)
-_UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] = (
-    (
-        lambda args: args.attention_dropout > 0,
-        "--attention-dropout",
-        "must be 0 with sub-sequences (Megatron's default is 0.1): add --attention-dropout 0",
-    ),
-    (
-        lambda args: args.context_parallel_size > 1,
-        "--context-parallel-size",
-        "must be 1 with sub-sequences: raise --tensor-model-parallel-size or the splits instead",
-    ),
-    (
-        lambda args: bool(args.num_experts) and args.moe_expert_capacity_factor is not None,
-        "--moe-expert-capacity-factor",
-        "drops other tokens of a sub-sequence than of the whole: leave it out, and none is dropped",
-    ),
-    (
-        lambda args: bool(args.num_experts) and not _ROUTINGS.issuperset(_routings(args)),
-        "--moe-router-load-balancing-type",
-        f"must be of {', '.join(sorted(_ROUTINGS))} with sub-sequences; the others balance over "
-        "other tokens than one sub-sequence has",
-    ),
-    (_truthy("mtp_num_layers"), "--mtp-num-layers", _REMOVE),
-    (_truthy("variable_seq_lengths"), "--variable-seq-lengths", _REMOVE),
-    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _RECURRENT),
-    (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _RECURRENT),
-    (_truthy("qk_clip"), "--qk-clip", _REMOVE),
-    (_truthy("log_max_attention_logit"), "--log-max-attention-logit", _REMOVE),
-    (_truthy("cpu_offloading_num_layers"), "--cpu-offloading-num-layers", _OFFLOAD),
-    (_truthy("window_size"), "--window-size", _REMOVE),
-    (
-        _truthy("fine_grained_activation_offloading"),
-        "--fine-grained-activation-offloading",
-        _OFFLOAD,
-    ),
-    (_truthy("overlap_moe_expert_parallel_comm"), "--overlap-moe-expert-parallel-comm", _REMOVE),
-    (_truthy("use_megatron_fsdp"), "--use-megatron-fsdp", _REMOVE),
-    (_truthy("use_torch_fsdp2"), "--use-torch-fsdp2", _REMOVE),
-    (
-        _truthy("num_microbatches_with_partial_activation_checkpoints"),
-        "--num-microbatches-with-partial-activation-checkpoints",
-        _REMOVE,
-    ),
-    (
-        lambda args: getattr(args, "cuda_graph_impl", "none") != "none",
-        "--cuda-graph-impl",
-        "must be none with sub-sequences",
-    ),
-    (
-        lambda args: getattr(args, "softmax_type", "vanilla") != "vanilla",
-        "--softmax-type",
-        "must be vanilla with sub-sequences",
-    ),
-)
-
-_UNSUPPORTED_PACKED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
-    (lambda args: args.context_parallel_size > 1, "--context-parallel-size"),
-    (_truthy("hybrid_context_parallel"), "--hybrid-context-parallel"),
-    (_truthy("mtp_num_layers"), "--mtp-num-layers"),
-    (_truthy("variable_seq_lengths"), "--variable-seq-lengths"),
-    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern"),
-    (_truthy("experimental_attention_variant"), "--experimental-attention-variant"),
-)
 
 
 def _ffn_width(args: argparse.Namespace) -> int:

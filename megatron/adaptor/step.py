@@ -76,7 +76,11 @@ class Step:
             self.groups.pp.size(), len(self.chunks), num_microbatches, trains=not forward_only
         )
         self.num_tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
-        self.loss = TokenExactLoss(cutter, per_token=self.config.calculate_per_token_loss)
+        self.loss = TokenExactLoss(
+            cutter,
+            per_token=self.config.calculate_per_token_loss,
+            num_shares=self.groups.cp.size(),
+        )
         self.gradient_sync = _GradientSync(self)
 
     def run(self, groups: Mapping[Channel, Any], clock: ActionClock) -> list[Any]:
@@ -173,11 +177,13 @@ class Step:
         return forward_step
 
     def _transport(self, groups: Mapping[Channel, Any]) -> PointToPoint:
-        tokens_per_rank = self.groups.tp.size() if self.config.sequence_parallel else 1
+        num_shares = self.groups.cp.size()
+        if self.config.sequence_parallel:
+            num_shares *= self.groups.tp.size()
 
         def shape(action: Action) -> tuple[int, ...]:
             length = self.parts[action.micro_batch][action.sub_sequence].length
-            return length // tokens_per_rank, self.micro_batch_size, self.config.hidden_size
+            return length // num_shares, self.micro_batch_size, self.config.hidden_size
 
         return PointToPoint(
             self.schedule,

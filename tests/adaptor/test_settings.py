@@ -41,6 +41,8 @@ _BASE = shlex.split(
 _EXPERTS = ("--seq1f1b-splits", "4", "--num-experts", "4", "--disable-bias-linear")
 _GREEDY = ("--seq1f1b-splits", "4", "--seq1f1b-schedule", "greedy")
 
+_AHEAD = shlex.split("--seq1f1b-splits 4 --mtp-num-layers 2 --position-embedding-type rope")
+
 REFUSED = {
     "no splits": (
         ["--seq1f1b-splits", "0"],
@@ -79,9 +81,24 @@ REFUSED = {
         ["--seq1f1b-splits", "4", "--attention-dropout", "0.1"],
         ["--attention-dropout must be 0", "add --attention-dropout 0"],
     ),
-    "context parallelism": (
+    "context parallelism in a ring": (
         ["--seq1f1b-splits", "4", "--context-parallel-size", "2"],
-        ["--context-parallel-size must be 1"],
+        ["--cp-comm-type must be a2a", "add --cp-comm-type a2a"],
+    ),
+    "more ranks than heads of keys": (
+        shlex.split(
+            "--seq1f1b-splits 4 --context-parallel-size 2 --cp-comm-type a2a "
+            "--group-query-attention --num-query-groups 1"
+        ),
+        ["--context-parallel-size times --tensor-model-parallel-size must divide the heads"],
+    ),
+    "lengths that context parallelism cannot deal out": (
+        shlex.split("--seq1f1b-splits 33 --context-parallel-size 2 --cp-comm-type a2a"),
+        ["33 splits of at least 4 token(s)", "--context-parallel-size 2", "4 at a time"],
+    ),
+    "experts under tensor parallelism alone": (
+        [*_EXPERTS, "--tensor-model-parallel-size", "2"],
+        ["--num-experts trains under --tensor-model-parallel-size only with --sequence-parallel"],
     ),
     "experts that drop tokens": (
         [*_EXPERTS, "--moe-expert-capacity-factor", "1.5"],
@@ -115,9 +132,17 @@ REFUSED = {
         ],
         ["--cpu-offloading-num-layers cannot tell sub-sequences apart", "recompute instead"],
     ),
-    "multi-token prediction": (
-        ["--seq1f1b-splits", "4", "--mtp-num-layers", "1", "--position-embedding-type", "rope"],
-        ["--mtp-num-layers is not supported with sub-sequences"],
+    "one layer for several predictions": (
+        [*_AHEAD, "--mtp-use-repeated-layer"],
+        ["--mtp-use-repeated-layer is not supported with sub-sequences"],
+    ),
+    "predictions before the last stage": (
+        [*_AHEAD, "--pipeline-model-parallel-layout", "Et|tt|tmm|L"],
+        ["--pipeline-model-parallel-layout must put multi-token prediction (m) into the last"],
+    ),
+    "predictions and context parallelism": (
+        [*_AHEAD, "--context-parallel-size", "2", "--cp-comm-type", "a2a"],
+        ["--mtp-num-layers cannot go with --context-parallel-size and sub-sequences"],
     ),
     "several at once": (
         ["--seq1f1b-splits", "0", "--attention-dropout", "0.1", "--seq1f1b-schedule", "1f1b"],
@@ -168,6 +193,20 @@ ACCEPTED = {
         ["--enable-seq1f1b", "--seq1f1b-splits", "2", "--seq1f1b-balance-method", "average"],
         2,
         [64, 64],
+    ),
+    "multi-token prediction": (
+        [*_AHEAD, "--seq1f1b-balance-method", "average"],
+        4,
+        [32, 32, 32, 32],
+    ),
+    "context parallelism through all-to-all": (
+        shlex.split(
+            "--seq1f1b-splits 3 --seq1f1b-balance-method average --context-parallel-size 2 "
+            "--cp-comm-type a2a --tensor-model-parallel-size 2 --sequence-parallel "
+            "--pipeline-model-parallel-size 1"
+        ),
+        3,
+        [44, 44, 40],
     ),
     "not divisible": (
         ["--seq1f1b-splits", "3", "--seq1f1b-balance-method", "average"],

@@ -1,17 +1,17 @@
-"""A tiny GPT of Megatron's on this worker's stage, and the same model whole on one rank."""
+"""A tiny GPT of Megatron's on this worker's place, and the same model whole on one rank."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.distributed.layouts import Layout
 from tests.distributed.packed_data import END, packed
 
-VOCAB, HIDDEN, HEADS, GROUPS, LAYERS, BATCH = 40, 32, 4, 2, 4, 2
+VOCAB, HIDDEN, HEADS, GROUPS, LAYERS, BATCH = 40, 32, 8, 4, 4, 2
 
 # Megatron's training loop hangs these on the configuration of models without latent attention.
 YARN = {
@@ -29,6 +29,9 @@ YARN = {
 class Case:
     """One step to run: the shape of the pipeline and what the model is made of.
 
+    tensor, context, experts_shared, replicas: ranks per stage that share weights, tokens, experts
+    (among replicas) and micro-batches; num_micro_batches is per replica.
+    against_one_split: compare with the same ranks in Megatron's own schedule, not the whole model.
     config, spec, model: further arguments of Megatron's configuration, layer spec and GPTModel.
     """
 
@@ -47,9 +50,25 @@ class Case:
     per_token: bool = False
     experts: str | None = None
     documents: str | None = None  # the entry of a batch that tells packed documents apart
+    tensor: int = 1
+    sequence_parallel: bool = False
+    context: int = 1
+    experts_shared: int = 1
+    replicas: int = 1
+    against_one_split: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """The process groups that the case needs."""
+        return Layout(self.num_stages, self.tensor, self.context, self.experts_shared)
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes that run the case."""
+        return self.num_stages * self.tensor * self.context * self.replicas
 
 
 def worst_gradient_error(case: Case) -> float:
@@ -57,39 +76,73 @@ def worst_gradient_error(case: Case) -> float:
     from megatron.adaptor import install
 
     session = install()
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core import parallel_state
 
-    _make_groups(case)
-    whole = _whole_model(case)
-    chunks = _stage_chunks(case, whole)
+    context = session.context
     data = micro_batches(case)
     session.settings = settings_of(case)
-    session.context.use_kernel(None)
-    is_cut_here = case.num_chunks > 1
+    Layout().enter()
+    whole = _whole_model(case)
+    context.use_kernel("reference")
+    losses = _run_whole(case, whole, data)
+    expected_ahead = _logged_ahead()
+
+    context.use_kernel(None)
+    chunks, reports = _run_step(case, whole, data)
+    ahead = _logged_ahead()
+    if ahead is not None and case.replicas == 1:
+        torch.testing.assert_close(ahead, expected_ahead, rtol=1e-5, atol=0.0)
+    replica = parallel_state.get_data_parallel_rank()
+    if reports:
+        assert len(reports) == case.num_micro_batches
+        group = parallel_state.get_context_parallel_group()
+        for report, loss in zip(reports, losses[replica :: case.replicas], strict=True):
+            value = report["lm loss"].clone()
+            torch.distributed.all_reduce(value, group=group)
+            torch.testing.assert_close(_mean(value), loss, rtol=1e-5, atol=0.0)
+    if not case.against_one_split:
+        return max(_errors(case, chunks, whole))
+    others, _ = _run_step(replace(case, num_splits=1, kind="1f1b"), whole, data)
+    return max(
+        _difference(parameter.main_grad, other.main_grad)
+        for chunk, other_chunk in zip(chunks, others, strict=True)
+        for parameter, other in zip(chunk.parameters(), other_chunk.parameters(), strict=True)
+    )
+
+
+def _run_step(case: Case, whole: Any, data: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """Train this rank's share of ``whole`` on its share of ``data``; return it and the reports."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron.adaptor import install
+
+    install().settings = settings_of(case)
+    case.layout.enter(case.num_chunks)
+    chunks = _stage_chunks(case, whole)
+    has_chunks = case.num_chunks > 1
+    mine = data[parallel_state.get_data_parallel_rank() :: case.replicas]
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step(case),
-        data_iterator=[_reader(case, data) for _ in chunks] if is_cut_here else _reader(case, data),
-        model=chunks if is_cut_here else chunks[0],
+        data_iterator=[_reader(case, mine) for _ in chunks] if has_chunks else _reader(case, mine),
+        model=chunks if has_chunks else chunks[0],
         num_microbatches=case.num_micro_batches,
         seq_length=case.length,
         micro_batch_size=BATCH,
     )
-    session.context.use_kernel("reference")
-    ahead = _logged_ahead()
-    losses = _run_whole(case, whole, data)
-    expected = _logged_ahead()
-    if ahead is not None:
-        torch.testing.assert_close(ahead, expected, rtol=1e-5, atol=0.0)
-    if reports:
-        assert len(reports) == case.num_micro_batches
-        for report, loss in zip(reports, losses, strict=True):
-            torch.testing.assert_close(_mean(report["lm loss"]), loss, rtol=1e-5, atol=0.0)
-    return max(_errors(case, chunks, whole))
+    return chunks, reports
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a part of the largest value that is expected."""
+    return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
 def _reader(case: Case, data: list[dict[str, Any]]) -> Iterator[Any] | None:
     """Hand micro-batches out without their masks; of packed documents, middle stages get none."""
-    stage = torch.distributed.get_rank()
+    from megatron.core import parallel_state
+
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     if case.documents and 0 < stage < case.num_stages - 1 and case.num_chunks == 1:
         return None
     return iter([{**batch, "attention_mask": None} for batch in data])
@@ -109,30 +162,7 @@ def _mean(value: Tensor) -> Tensor:
     return (value[0] / value[1] if value.numel() == 2 else value.squeeze()).detach()
 
 
-@cache
-def _groups_of_one() -> list[Any]:
-    """Make a process group for each rank alone; all ranks must call."""
-    return [torch.distributed.new_group([r]) for r in range(torch.distributed.get_world_size())]
-
-
-def _make_groups(case: Case) -> None:
-    """Set Megatron's process groups up, unless they are as needed: each costs a thread."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    chunks = case.num_chunks if case.num_chunks > 1 else None
-    if (
-        not parallel_state.is_initialized()
-        or parallel_state.get_pipeline_model_parallel_world_size() != case.num_stages
-    ):
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            pipeline_model_parallel_size=case.num_stages, create_gloo_process_groups=False
-        )
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-
-
-def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) -> Any:
+def _config(case: Case, *, is_whole: bool) -> Any:
     from megatron.core.transformer.transformer_config import (
         MLATransformerConfig,
         TransformerConfig,
@@ -144,20 +174,31 @@ def _config(case: Case, num_stages: int, num_chunks: int, *, accumulates: bool) 
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         num_query_groups=HEADS if is_latent else GROUPS,
-        pipeline_model_parallel_size=num_stages,
-        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,
-        calculate_per_token_loss=case.per_token,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        gradient_accumulation_fusion=accumulates,
+        gradient_accumulation_fusion=not is_whole,
         use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        calculate_per_token_loss=case.per_token,
         recompute_granularity="full" if case.recompute else None,
         recompute_method="uniform" if case.recompute else None,
         recompute_num_layers=1 if case.recompute else None,
         **_experts(case),
     )
+    if not is_whole:
+        arguments |= {
+            "pipeline_model_parallel_size": case.num_stages,
+            "virtual_pipeline_model_parallel_size": case.num_chunks
+            if case.num_chunks > 1
+            else None,
+            "tensor_model_parallel_size": case.tensor,
+            "sequence_parallel": case.sequence_parallel,
+            "context_parallel_size": case.context,
+            "cp_comm_type": "a2a",
+            "expert_model_parallel_size": case.experts_shared,
+            "expert_tensor_parallel_size": 1,
+        }
     config = (MLATransformerConfig if is_latent else TransformerConfig)(**arguments | case.config)
     if case.positions == "yarn":
         for name, value in YARN.items():
@@ -208,46 +249,20 @@ def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> A
 
 def _whole_model(case: Case) -> Any:
     """Build all layers on this rank, the same on every rank."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.pp = _groups_of_one()[torch.distributed.get_rank()]
     torch.manual_seed(3)
-    with _only_stage():
-        return _model(
-            case, _config(case, 1, 1, accumulates=False), True, True, pg_collection=groups
-        )
-
-
-@contextmanager
-def _only_stage() -> Iterator[None]:
-    """Let Megatron's global state say that this rank is the whole pipeline.
-
-    Layers for multi-token prediction are built where that state puts the last stage.
-    """
-    from megatron.core import parallel_state
-
-    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    parallel_state.set_pipeline_model_parallel_world_size(1)
-    parallel_state.set_pipeline_model_parallel_rank(0)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
-    try:
-        yield
-    finally:
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(num_chunks)
-        parallel_state.set_pipeline_model_parallel_world_size(None)
-        parallel_state.set_pipeline_model_parallel_rank(None)
+    return _model(case, _config(case, is_whole=True), True, True)
 
 
 def _stage_chunks(case: Case, whole: Any) -> list[Any]:
+    from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
 
-    stage = torch.distributed.get_rank()
-    config = _config(case, case.num_stages, case.num_chunks, accumulates=True)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    config = _config(case, is_whole=False)
     chunks = []
     for chunk in range(case.num_chunks):
         first = stage == 0 and chunk == 0
@@ -255,13 +270,28 @@ def _stage_chunks(case: Case, whole: Any) -> list[Any]:
         model = _model(case, config, first, last, vp_stage=chunk if case.num_chunks > 1 else None)
         ours = dict(whole.named_parameters())
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(ours[_whole_name(model, name, case)].data)
+            weight = ours[_whole_name(model, name, case)].data
+            parameter.data.copy_(_share(parameter, name, weight, is_gated=config.gated_linear_unit))
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
         ddp.zero_grad_buffer()
         chunks.append(ddp)
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
     return chunks
+
+
+def _share(parameter: Tensor, name: str, whole: Tensor, *, is_gated: bool) -> Tensor:
+    """Return what this tensor-parallel rank has of a ``whole`` weight or gradient."""
+    from megatron.core import parallel_state
+
+    if parameter.shape == whole.shape:
+        return whole
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    # A gated MLP's first weight is the gate's and the value's, one above the other.
+    halves = whole.chunk(2, dim) if is_gated and "linear_fc1" in name else [whole]
+    return torch.cat([half.chunk(size, dim)[rank] for half in halves], dim)
 
 
 def _whole_name(model: Any, name: str, case: Case) -> str:
@@ -271,12 +301,15 @@ def _whole_name(model: Any, name: str, case: Case) -> str:
     if not name.startswith("decoder.layers."):
         return name
     _, _, index, *rest = name.split(".")
-    number = model.decoder.layers[int(index)].layer_number - 1
-    return ".".join(["decoder.layers", str(number), *rest])
+    layer = model.decoder.layers[int(index)]
+    if "local_experts" in rest:
+        place = rest.index("local_experts") + 1
+        rest[place] = str(layer.mlp.local_expert_indices[int(rest[place])])
+    return ".".join(["decoder.layers", str(layer.layer_number - 1), *rest])
 
 
 def micro_batches(case: Case) -> list[dict[str, Any]]:
-    """Make the data of ``case``, the same on every rank."""
+    """Make the data of all replicas of ``case``, the same on every rank."""
     generator = torch.Generator().manual_seed(11)
 
     def batch() -> dict[str, Any]:
@@ -296,7 +329,7 @@ def micro_batches(case: Case) -> list[dict[str, Any]]:
         whole, whole["attention_mask"] = packed(whole, case.documents, generator)
         return whole
 
-    return [batch() for _ in range(case.num_micro_batches)]
+    return [batch() for _ in range(case.num_micro_batches * case.replicas)]
 
 
 def _forward_step(case: Case) -> Callable[..., Any]:
@@ -310,8 +343,10 @@ def _forward_step(case: Case) -> Callable[..., Any]:
         return loss, count, {"lm loss": torch.stack([loss.detach(), count.float()])}
 
     def mean_loss(mask: Tensor, losses: Tensor) -> Any:
-        loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
-        return loss, {"lm loss": loss.detach()[None]}
+        total = torch.stack([(losses.float() * mask).sum(), mask.sum()])
+        torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
+        loss = total[0] / total[1].clamp(min=1)
+        return loss, {"lm loss": loss.detach()[None] / case.context}
 
     def forward_step(data: Iterator[Any] | None, model: Any) -> Any:
         if data is None:
@@ -344,7 +379,7 @@ def settings_of(case: Case) -> Any:
         attention=None,
         metrics_file=None,
         sequence_length=case.length,
-        multiple=1,
+        multiple=_multiple(case),
         cost=TokenCost.of_transformer(
             num_layers=case.layers, hidden_size=HIDDEN, num_attention_heads=HEADS
         ),
@@ -353,13 +388,20 @@ def settings_of(case: Case) -> Any:
     )
 
 
+def _multiple(case: Case) -> int:
+    tensor = case.tensor if case.sequence_parallel else 1
+    return case.context * math.lcm(2, tensor) if case.context > 1 else tensor
+
+
 def _run_whole(case: Case, model: Any, data: list[dict[str, Any]]) -> list[Tensor]:
     """Backpropagate whole micro-batches on one rank; return the mean loss of each."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
     losses = []
-    scale = 1.0 if case.per_token else 1 / case.num_micro_batches
-    MTPLossAutoScaler.set_loss_scale(torch.tensor(scale))
+    scale = 1.0 if case.per_token else 1 / len(data)
+    for scaler in (MoEAuxLossAutoScaler, MTPLossAutoScaler):
+        scaler.set_loss_scale(torch.tensor([scale]))
     for batch in data:
         mask = batch["attention_mask"]
         output = model(
@@ -373,7 +415,7 @@ def _run_whole(case: Case, model: Any, data: list[dict[str, Any]]) -> list[Tenso
         if case.per_token:
             total.backward()
         else:
-            (total / count / case.num_micro_batches).backward()
+            (total / count / len(data)).backward()
         losses.append((total / count).detach())
     if case.per_token:
         for parameter in model.parameters():
@@ -385,5 +427,9 @@ def _errors(case: Case, chunks: list[Any], whole: Any) -> Iterator[float]:
     wanted = dict(whole.named_parameters())
     for chunk in chunks:
         for name, parameter in chunk.module.named_parameters():
-            expected = wanted[_whole_name(chunk.module, name, case)].grad
-            yield ((parameter.main_grad - expected).abs().max() / expected.abs().max()).item()
+            if case.tied and name == "output_layer.weight" and chunk.module.mtp_process:
+                continue  # Megatron allocates it, and uses its copy of the embedding
+            gradient = wanted[_whole_name(chunk.module, name, case)].grad
+            is_gated = chunk.module.config.gated_linear_unit
+            expected = _share(parameter, name, gradient, is_gated=is_gated)
+            yield _difference(parameter.main_grad, expected)

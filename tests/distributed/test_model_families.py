@@ -140,7 +140,7 @@ AHEAD = {
     "heads apart": with_config(_LLAMA, mtp_num_layers=1, mtp_detach_heads=True),
     "recomputed": with_config(_DEEPSEEK, mtp_num_layers=2, **full("uniform", 1)),
     "attention recomputed": with_config(_LLAMA, mtp_num_layers=1, **selective("core_attn")),
-    "short parts": with_config(replace(_LLAMA, length=9, num_splits=8), mtp_num_layers=3),
+    "short parts": with_config(replace(_LLAMA, length=12, num_splits=8), mtp_num_layers=3),
     "one stage": with_config(_LLAMA, mtp_num_layers=2),
 }
 
