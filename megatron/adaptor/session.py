@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron.adaptor import fallbacks, metrics, trace, weight_gradients
+from megatron.adaptor import distributed_optimizer, fallbacks, metrics, trace, weight_gradients
 from megatron.adaptor.attention import (
     local_attention,
     local_attention_init,
@@ -46,6 +46,7 @@ class Session:
         """Return every replacement in Megatron-Core, with its reason."""
         return [
             *fallbacks.patches(),
+            *distributed_optimizer.patches(),
             *self._command_line_patches(),
             *self._step_patches(),
             *self._layer_patches(),

@@ -17,8 +17,8 @@ step with both choices equal those of the whole model on one process, to 1e-5 in
 in brackets: the command line refuses the pair before any process group is made, with the message
 at the end of this page.
 
-{steps} steps of {micro_batches} micro-batches with {batch} sequences each cover all pairs of choices:
-{pairs} pairs, of which {refused} are refused. DeepSeek (multi-latent attention and experts)
+{steps} steps of {micro_batches} micro-batches with {batch} sequences each cover {pairs} pairs of
+choices, of which {refused} are refused. DeepSeek (multi-latent attention and experts)
 under tensor parallelism is compared with Megatron's own schedule on the same ranks, because
 Megatron's own layers do not reduce the gradients of its norms as one process would.
 """

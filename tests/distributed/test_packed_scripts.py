@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_scripts import torchrun
+from tests.distributed.training_runs import torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 

@@ -1,55 +1,20 @@
 """Training scripts that know nothing of sub-sequences, run unmodified under the adaptor."""
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from seq1f1b.schedule import Kind, zb_h1
 from seq1f1b.timeline import read_trace
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 _VIRTUAL = "--num-virtual-stages-per-pipeline-rank"
-SCRIPTS = Path(__file__).parent / "scripts"
-ARGUMENTS = shlex.split(
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
-    "--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 3 --vocab-size 100 "
-    "--train-iters 4 --eval-iters 1 --eval-interval 4 --lr 1e-3 --attention-dropout 0 "
-    "--hidden-dropout 0 --log-interval 1 --position-embedding-type rope"
-)
-
-
-def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_ranks), *map(str, arguments)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=SCRIPTS,
-    )
-
-
-def train(tmp_path: Path, num_ranks: int, *flags: object) -> list[dict]:
-    """Run plain_gpt.py and return what each iteration logged."""
-    file = tmp_path / f"metrics-{'-'.join(map(str, flags)).replace('/', '_')[-80:]}.jsonl"
-    run = torchrun(
-        num_ranks,
-        *("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS, *flags),
-        *("--seq1f1b-metrics-file", file),
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "validation loss" in run.stdout
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_tensor_and_pipeline_parallel_losses_are_those_of_one_split(tmp_path):
