@@ -99,17 +99,18 @@ def agree_on_documents(
             batches = replay.read_ahead(num_micro_batches)
             starts = [packing.starts(batch, num_rows, total) for batch in batches]
             bits = torch.from_numpy(np.packbits(torch.stack(starts).numpy(), axis=-1))
-        bits = _broadcast(bits, groups.pp)
-    bits = _broadcast(bits, groups.tp)
+        bits = broadcast(bits, groups.pp)
+    bits = broadcast(bits, groups.tp)
     flags = np.unpackbits(bits.cpu().numpy(), axis=-1, count=total).reshape(shape)
     return [
         [Documents(tuple(np.flatnonzero(row).tolist()), total) for row in rows] for rows in flags
     ]
 
 
-def _broadcast(bits: Tensor, group: Any) -> Tensor:
+def broadcast(value: Tensor, group: Any) -> Tensor:
+    """Return what the first rank of ``group`` has; all of them must call, with the same shape."""
     if group.size() == 1:
-        return bits
-    bits = bits.to(torch.cuda.current_device())
-    torch.distributed.broadcast(bits, group=group, group_src=0)
-    return bits
+        return value
+    value = value.to(torch.cuda.current_device())
+    torch.distributed.broadcast(value, group=group, group_src=0)
+    return value

@@ -122,7 +122,6 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
         _REMOVE,
     ),
     (_predicts_ahead_of_the_last_stage, "--pipeline-model-parallel-layout", _LAST_STAGE),
-    (_truthy("variable_seq_lengths"), "--variable-seq-lengths", _REMOVE),
     (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern", _RECURRENT),
     (_truthy("experimental_attention_variant"), "--experimental-attention-variant", _RECURRENT),
     (_truthy("qk_clip"), "--qk-clip", _REMOVE),
@@ -158,7 +157,6 @@ _UNSUPPORTED_PACKED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...
     (lambda args: args.context_parallel_size > 1, "--context-parallel-size"),
     (_truthy("hybrid_context_parallel"), "--hybrid-context-parallel"),
     (_truthy("mtp_num_layers"), "--mtp-num-layers"),
-    (_truthy("variable_seq_lengths"), "--variable-seq-lengths"),
     (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern"),
     (_truthy("experimental_attention_variant"), "--experimental-attention-variant"),
 )

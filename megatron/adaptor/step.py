@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.adaptor.batch import BatchCutter, Replay
 from megatron.adaptor.documents import agree_on_documents
+from megatron.adaptor.lengths import agree_on_lengths
 from megatron.adaptor.loss import TokenExactLoss
 from megatron.adaptor.settings import Settings
 from seq1f1b.runtime import (
@@ -86,6 +87,7 @@ class Step:
     def run(self, groups: Mapping[Channel, Any], clock: ActionClock) -> list[Any]:
         """Run the step and return one report per micro-batch (on the last stage)."""
         embedding = self._begin()
+        self._vary_lengths()
         with self._packed():
             execute(
                 self.schedule.stages[self.stage],
@@ -147,6 +149,21 @@ class Step:
     def output_sent(self, output: Tensor) -> None:
         """See Computation."""
         schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+
+    def _vary_lengths(self) -> None:
+        """Cut each micro-batch by its own length, if lengths differ."""
+        self.context.lengths_vary = self.config.variable_seq_lengths
+        if not self.config.variable_seq_lengths:
+            return
+        if self.settings.packing is not None:
+            raise ValueError(
+                f"{self.settings.packing.flag} and variable_seq_lengths cannot both be used with "
+                "sub-sequences: leave one of them out"
+            )
+        lengths = agree_on_lengths(
+            self.replays[0], self.groups, num_micro_batches=self.num_micro_batches
+        )
+        self.parts = [self.settings.cut(length) for length in lengths]
 
     @contextlib.contextmanager
     def _packed(self) -> Iterator[None]:

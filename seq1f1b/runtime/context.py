@@ -22,7 +22,8 @@ class ExecutionContext:
     """Holds one rank's running action, its KV carries and its waiting weight gradients.
 
     ``documents``, set for a step whose sequences are packed, has for each micro-batch the documents
-    of every row; None means that each row is one document.
+    of every row; None means that each row is one document. ``lengths_vary`` says that the next
+    micro-batch is probably not as long as this one, so that its buffers are not worth keeping.
     """
 
     def __init__(self, kernel: str | None = None) -> None:
@@ -31,6 +32,7 @@ class ExecutionContext:
         self.action: Action | None = None
         self.part: SubSequence | None = None
         self.documents: Sequence[Sequence[Documents]] | None = None
+        self.lengths_vary = False
         self.use_kernel(kernel)
 
     def use_kernel(self, name: str | None) -> None:
@@ -74,7 +76,9 @@ class ExecutionContext:
         if self.action is None or self.part is None or self.part.length == self.part.total:
             return causal_attention(query, key, value, kernel=kernel, scale=scale)
         owner = self.action.chunk, self.action.micro_batch
-        carry = self.carries.carry(owner, layer, self.part.total, key, value)
+        carry = self.carries.carry(
+            owner, layer, self.part.total, key, value, reuse=not self.lengths_vary
+        )
         return causal_attention(
             query, key, value, kernel=kernel, scale=scale, carry=carry, part=self.part
         )

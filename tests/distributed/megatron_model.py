@@ -49,6 +49,7 @@ class Case:
     loss: str = "sum"
     per_token: bool = False
     experts: str | None = None
+    lengths: tuple[int, ...] = ()  # of the sequences in each micro-batch, if they differ
     documents: str | None = None  # the entry of a batch that tells packed documents apart
     tensor: int = 1
     sequence_parallel: bool = False
@@ -178,6 +179,7 @@ def _config(case: Case, *, is_whole: bool) -> Any:
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=not is_whole,
         use_cpu_initialization=True,
+        moe_token_dispatcher_type="alltoall",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         calculate_per_token_loss=case.per_token,
@@ -189,6 +191,7 @@ def _config(case: Case, *, is_whole: bool) -> Any:
     if not is_whole:
         arguments |= {
             "pipeline_model_parallel_size": case.num_stages,
+            "variable_seq_lengths": bool(case.lengths),
             "virtual_pipeline_model_parallel_size": case.num_chunks
             if case.num_chunks > 1
             else None,
@@ -214,7 +217,6 @@ def _experts(case: Case) -> dict[str, Any]:
         "add_bias_linear": False,
         "num_moe_experts": 4,
         "moe_router_topk": 2,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_router_load_balancing_type": case.experts,
         "moe_aux_loss_coeff": 0.0 if case.experts == "none" else 0.5,
         "moe_z_loss_coeff": None if case.experts == "none" else 0.1,
@@ -312,15 +314,15 @@ def micro_batches(case: Case) -> list[dict[str, Any]]:
     """Make the data of all replicas of ``case``, the same on every rank."""
     generator = torch.Generator().manual_seed(11)
 
-    def batch() -> dict[str, Any]:
-        tokens = torch.randint(0, VOCAB, (BATCH, case.length + 1), generator=generator)
-        mask = (torch.rand(BATCH, case.length, generator=generator) < 0.7).float()
+    def batch(length: int) -> dict[str, Any]:
+        tokens = torch.randint(0, VOCAB, (BATCH, length + 1), generator=generator)
+        mask = (torch.rand(BATCH, length, generator=generator) < 0.7).float()
         mask[:, :8] = 0.0  # early sub-sequences may have no token that counts
         whole = {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:],
             "loss_mask": mask,
-            "position_ids": torch.arange(case.length).expand(BATCH, -1),
+            "position_ids": torch.arange(length).expand(BATCH, -1),
             "attention_mask": None,
             "cu_seqlens": None,
         }
@@ -329,7 +331,8 @@ def micro_batches(case: Case) -> list[dict[str, Any]]:
         whole, whole["attention_mask"] = packed(whole, case.documents, generator)
         return whole
 
-    return [batch() for _ in range(case.num_micro_batches * case.replicas)]
+    lengths = case.lengths or [case.length] * case.num_micro_batches * case.replicas
+    return [batch(length) for length in lengths]
 
 
 def _forward_step(case: Case) -> Callable[..., Any]:

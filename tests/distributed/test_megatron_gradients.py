@@ -81,3 +81,19 @@ def test_experts_and_their_losses(workers):
         {"num_chunks": 2, "kind": "greedy"},
     )
     check(workers, 2, [replace(plain, **other) for other in others])
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_lengths_that_differ_between_micro_batches(workers, num_stages):
+    plain = Case(num_stages, 4, 3, length=40, lengths=(17, 40, 12, 31))
+    others = (
+        {},
+        {"positions": "learned_absolute", "tied": True},
+        {"kind": "greedy"},
+        {"kind": "zb-h1", "num_splits": 1},
+    )
+    cases = [replace(plain, **other) for other in others]
+    if num_stages == 2:
+        cases.append(replace(plain, num_chunks=2))
+    check(workers, num_stages, cases)

@@ -47,8 +47,10 @@ def test_sequence_and_expert_parallel_losses_are_those_of_one_split(tmp_path):
 
 @pytest.mark.parametrize("kind, virtual", [("zb-h1", ()), ("greedy", (_VIRTUAL, 2))])
 def test_split_backwards_with_overlapped_reduction(tmp_path, kind, virtual):
+    """The batch grows meanwhile: from 2 micro-batches to 4."""
     flags = (
         *("--pipeline-model-parallel-size", 2, "--global-batch-size", 8, "--ddp-num-buckets", 3),
+        *("--rampup-batch-size", 4, 4, 8),
         *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     )
     file = tmp_path / "trace.jsonl"
