@@ -1,0 +1,173 @@
+"""Convert Llama, Qwen2, Qwen3 and Mixtral between Hugging Face's safetensors and Megatron.
+
+python tools/checkpoint/convert.py hf-to-megatron --hf DIR --output DIR
+python tools/checkpoint/convert.py megatron-to-hf --megatron DIR --hf-config DIR --output DIR
+"""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.checkpoint import huggingface, torch_dist
+from tools.checkpoint.families import read_shape
+from tools.checkpoint.mapping import Piece, pieces
+from tools.checkpoint.problem import ConversionError
+
+FLAGS_FILE = "megatron_flags.txt"
+_ATTRIBUTES = {
+    "--norm-epsilon": "layernorm_epsilon",
+    "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
+}
+_GIB = 1 << 30
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+_console = Console(stderr=True)
+
+
+class Precision(StrEnum):
+    """Types that weights are stored in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's name for it."""
+        return getattr(torch, self.value)
+
+
+class Implementation(StrEnum):
+    """Values of Megatron's --transformer-impl."""
+
+    LOCAL = "local"
+    TRANSFORMER_ENGINE = "transformer_engine"
+
+
+_Output = Annotated[Path, typer.Option(help="Folder to make; it must not exist.")]
+_Impl = Annotated[
+    Implementation,
+    typer.Option(help="Megatron's layers, which name one norm of models with experts differently."),
+]
+
+
+@app.command("hf-to-megatron")
+def hf_to_megatron(
+    hf: Annotated[Path, typer.Option(help="Folder with config.json and *.safetensors.")],
+    output: _Output,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Type of the weights; default: as they are.")
+    ] = None,
+    transformer_impl: _Impl = Implementation.LOCAL,
+) -> None:
+    """Make a torch_dist checkpoint that Megatron loads under any TP, PP, VPP and EP."""
+    with _reported():
+        shape = read_shape(hf)
+        parts = pieces(shape, transformer_engine=transformer_impl == "transformer_engine")
+        source = huggingface.Source(hf)
+        source.check(parts, is_tied=shape.is_tied)
+        flags = shape.flags()
+
+        def write(folder: Path, advance: Callable[[], None]) -> None:
+            def make(piece: Piece) -> Tensor:
+                advance()
+                return piece.join([source.read(name) for name in piece.names])
+
+            precision = source.dtype if dtype is None else dtype.dtype
+            torch_dist.write(folder, parts, make, precision, _arguments(flags))
+            (folder / FLAGS_FILE).write_text(_command_line(flags) + "\n")
+
+        _publish(output, len(parts), write)
+    _console.print(f"Train with [bold]--load {output} --finetune --ckpt-format torch_dist[/] and")
+    typer.echo(_command_line(flags))
+
+
+@app.command("megatron-to-hf")
+def megatron_to_hf(
+    megatron: Annotated[Path, typer.Option(help="Folder of a torch_dist checkpoint (--save).")],
+    hf_config: Annotated[
+        Path, typer.Option(help="Folder with the model's config.json, and its tokenizer's files.")
+    ],
+    output: _Output,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Type of the weights; default: as they are.")
+    ] = None,
+    max_shard_gib: Annotated[float, typer.Option(min=0.001, help="Most of a shard, in GiB.")] = 4.0,
+    transformer_impl: _Impl = Implementation.LOCAL,
+) -> None:
+    """Make a Hugging Face folder of the latest checkpoint in a folder."""
+    with _reported():
+        shape = read_shape(hf_config)
+        parts = pieces(shape, transformer_engine=transformer_impl == "transformer_engine")
+        checkpoint = torch_dist.Checkpoint(megatron)
+        checkpoint.check(parts)
+
+        def write(folder: Path, advance: Callable[[], None]) -> None:
+            def tensors() -> Iterator[tuple[str, Tensor]]:
+                for piece in parts:
+                    advance()
+                    whole = checkpoint.read(piece)
+                    for name, tensor in zip(piece.names, piece.split(whole), strict=True):
+                        yield name, tensor if dtype is None else tensor.to(dtype.dtype)
+
+            huggingface.write(folder, hf_config, tensors(), shard_bytes=int(max_shard_gib * _GIB))
+
+        _publish(output, len(parts), write)
+
+
+class _reported:
+    """Ends the program with the message of a ConversionError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, (ConversionError, OSError)):
+            _console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2)
+
+
+def _publish(output: Path, total: int, write: Callable[[Path, Callable[[], None]], None]) -> None:
+    """Let ``write`` fill a folder beside ``output``, and rename it when it is whole."""
+    if output.exists():
+        raise ConversionError(f"{output} exists: choose another --output, or remove it")
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=_console) as progress:
+            task = progress.add_task("tensors", total=total)
+            write(partial, lambda: progress.advance(task))
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _command_line(flags: dict[str, Any]) -> str:
+    words = [flag if value is True else f"{flag} {value}" for flag, value in flags.items()]
+    return shlex.join(" ".join(words).split())
+
+
+def _arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return ``flags`` as the attributes that Megatron parses them to."""
+    return {
+        _ATTRIBUTES.get(flag, flag.removeprefix("--").replace("-", "_")): value
+        for flag, value in flags.items()
+    }
+
+
+if __name__ == "__main__":
+    app()
