@@ -80,8 +80,9 @@ def backward_with_carry(
     )
     from_later = carry.gradients_of(part)
     if from_later is not None:
-        grad_key = (from_later[0] + grad_key).to(grad_key.dtype)
-        grad_value = (from_later[1] + grad_value).to(grad_value.dtype)
+        # One pass each: added in the accumulator's precision, rounded into the gradient itself.
+        torch.add(from_later[0], grad_key, out=grad_key)
+        torch.add(from_later[1], grad_value, out=grad_value)
     return grad_query, grad_key, grad_value
 
 

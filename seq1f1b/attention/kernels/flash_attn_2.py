@@ -1,0 +1,74 @@
+"""The package flash-attn, from version 2.8 on (FlashAttention-2, arXiv 2307.08691)."""
+
+import importlib
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seq1f1b.attention.kernels.bottom_right import BottomRight
+
+_OLDEST = (2, 8)
+_NO_DROPOUT, _NO_WINDOW, _NO_CAP = 0.0, (-1, -1), 0.0
+
+
+class FlashAttn2(BottomRight):
+    """Deterministic when torch is told to be."""
+
+    name = "flash-attn-2"
+
+    def available(self) -> bool:
+        """See BottomRight."""
+        return _installed()
+
+    def run_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """See BottomRight."""
+        package = _package()
+        options = (_NO_DROPOUT, scale, True, *_NO_WINDOW, _NO_CAP, None, False)
+        if bounds is None:
+            output, log_sum_exp, *_ = package._flash_attn_forward(q, k, v, *options)
+        else:
+            output, log_sum_exp, *_ = package._flash_attn_varlen_forward(
+                q, k, v, bounds, bounds, longest, longest, *options
+            )
+        return output, log_sum_exp
+
+    def run_backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+        bounds: Tensor | None,
+        longest: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See BottomRight."""
+        package = _package()
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        given = (grad, q, k, v, output, log_sum_exp, *grads)
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
+        options = (_NO_DROPOUT, scale, True, *_NO_WINDOW, _NO_CAP, None, is_deterministic)
+        if bounds is None:
+            package._flash_attn_backward(*given, *options)
+        else:
+            package._flash_attn_varlen_backward(*given, bounds, bounds, longest, longest, *options)
+        return grads
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    try:
+        return tuple(map(int, version("flash-attn").split(".")[:2])) >= _OLDEST
+    except (PackageNotFoundError, ValueError):
+        return False
+
+
+def _package() -> Any:
+    return importlib.import_module("flash_attn.flash_attn_interface")

@@ -1,0 +1,229 @@
+"""Kernels of packages for CUDA, called as the packages are: stand-ins compute what they would.
+
+The stand-ins have the signatures of flash-attn 2.8 and of flash-attention's Hopper interface, and
+compute with the whole matrix of scores, on the CPU and in float64.
+"""
+
+import sys
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from seq1f1b.attention import choose_kernel
+from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
+from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
+from seq1f1b.attention.kernels.padded import Padded
+from tests.attention.test_prefix_causal import SCALE, in_parts, make, whole
+
+
+def attend(q, k, v, scale):
+    """Bottom-right causal attention of ``[b, s, heads, dim]``; output and log-sum-exp."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+    scores = scores.masked_fill(~hidden, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values), scores.logsumexp(-1)
+
+
+def attend_packed(q, k, v, bounds, scale):
+    pieces = [
+        attend(q[None, a:b], k[None, a:b], v[None, a:b], scale)
+        for a, b in pairwise(bounds.tolist())
+    ]
+    return torch.cat([p[0][0] for p in pieces]), torch.cat([p[1][0] for p in pieces], dim=1)
+
+
+def differentiate(forward, grad, tensors, output, log_sum_exp, into):
+    """Write gradients into what the kernel allocated; check what it was given from the forward."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in tensors]
+        again, log_sum_exp_again = forward(*inputs)
+        torch.testing.assert_close(output, again.detach())
+        torch.testing.assert_close(log_sum_exp, log_sum_exp_again.detach())
+        for place, gradient in zip(into, torch.autograd.grad(again, inputs, grad), strict=True):
+            place.copy_(gradient)
+
+
+def flash_attn_2():
+    module = ModuleType("flash_attn.flash_attn_interface")
+    module.deterministic = []
+
+    def check(dropout_p, causal, left, right, softcap, alibi_slopes):
+        assert (dropout_p, causal, left, right) == (0.0, True, -1, -1)
+        assert softcap == 0.0
+        assert alibi_slopes is None
+
+    def forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, return_softmax,
+    ):  # fmt: skip
+        check(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+        assert not return_softmax
+        return *attend(q, k, v, softmax_scale), None, None
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        check(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+        module.deterministic.append(deterministic)
+        differentiate(
+            lambda *x: attend(*x, softmax_scale), dout, (q, k, v), out, softmax_lse, (dq, dk, dv)
+        )
+
+    def varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False,
+    ):  # fmt: skip
+        check(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+        assert cu_seqlens_q is cu_seqlens_k
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in pairwise(cu_seqlens_q))
+        return *attend_packed(q, k, v, cu_seqlens_q, softmax_scale), None, None
+
+    def varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        check(dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+        differentiate(
+            lambda *x: attend_packed(*x, cu_seqlens_q, softmax_scale),
+            dout, (q, k, v), out, softmax_lse, (dq, dk, dv),
+        )  # fmt: skip
+
+    module._flash_attn_forward, module._flash_attn_backward = forward, backward
+    module._flash_attn_varlen_forward = varlen_forward
+    module._flash_attn_varlen_backward = varlen_backward
+    return module
+
+
+def flash_attn_3():
+    module = ModuleType("flash_attn_interface")
+    module.deterministic = []
+
+    def forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, softmax_scale=None, causal=False,
+    ):  # fmt: skip
+        assert causal
+        if cu_seqlens_q is None:
+            return *attend(q, k, v, softmax_scale), None, None
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in pairwise(cu_seqlens_k))
+        return *attend_packed(q, k, v, cu_seqlens_q, softmax_scale), None, None
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
+        sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+        softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert is_causal
+        module.deterministic.append(deterministic)
+
+        def again(*tensors):
+            if cu_seqlens_q is None:
+                return attend(*tensors, softmax_scale)
+            return attend_packed(*tensors, cu_seqlens_q, softmax_scale)
+
+        differentiate(again, dout, (q, k, v), out, softmax_lse, (dq, dk, dv))
+
+    module._flash_attn_forward, module._flash_attn_backward = forward, backward
+    return module
+
+
+@pytest.fixture(params=["flash-attn-2", "flash-attn-3"])
+def package(request, monkeypatch):
+    """A kernel, and the stand-in for its package."""
+    is_2 = request.param == "flash-attn-2"
+    module = flash_attn_2() if is_2 else flash_attn_3()
+    if is_2:
+        monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return KERNELS[request.param], module
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
+def test_sub_sequences(package, heads, kv_heads):
+    tensors = make(29, 2, heads, kv_heads, 8)
+    output, grads = in_parts((13, 1, 9, 6), *tensors, package[0])
+    wanted, wanted_grads = whole(*tensors)
+    for got, want in zip((output, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_documents(package):
+    kernel, _ = package
+    lengths = (5, 1, 12)
+    query, key, value, grad = make(18, 1, 4, 2, 8)
+    output, log_sum_exp = kernel.forward_packed(query, key, value, lengths, SCALE)
+    grads = kernel.backward_packed(grad, query, key, value, output, log_sum_exp, lengths, SCALE)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        wanted, wanted_grads = whole(*(x[rows] for x in (query, key, value, grad)))
+        torch.testing.assert_close(output[rows], wanted, rtol=1e-10, atol=1e-12)
+        for got, want in zip(grads, wanted_grads, strict=True):
+            torch.testing.assert_close(got[rows], want, rtol=1e-10, atol=1e-12)
+        start += length
+
+
+def test_determinism_is_asked_for_when_torch_is_told_so(package):
+    kernel, module = package
+    tensors = make(8, 1, 2, 2, 4)
+    in_parts((8,), *tensors, kernel)
+    torch.use_deterministic_algorithms(True)
+    try:
+        in_parts((8,), *tensors, kernel)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert module.deterministic == [False, True]
+
+
+@pytest.mark.parametrize("lengths", [(21,), (9, 7, 5)])
+def test_padded_values(lengths):
+    """Keys of 12 columns and values of 8, as in multi-latent attention."""
+    query, key, wide, wide_grad = make(21, 2, 4, 4, 12)
+    value, grad = wide[..., :8].contiguous(), wide_grad[..., :8].contiguous()
+    tensors = query, key, value, grad
+    output, grads = in_parts(lengths, *tensors, Padded(KERNELS["cpu-flash"]))
+    wanted, wanted_grads = in_parts(lengths, *tensors, KERNELS["reference"])
+    for got, want in zip((output, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def on_cuda(head, dtype=torch.bfloat16):
+    """What a kernel looks at of a tensor on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(64, 1, 4, head))
+
+
+@pytest.mark.parametrize(
+    "installed, head, value_head, chosen",
+    [
+        ({"flash-attn-2", "flash-attn-3"}, 128, 128, "flash-attn-3"),
+        ({"flash-attn-2"}, 128, 128, "flash-attn-2"),
+        (set(), 128, 128, "torch-flash"),
+        ({"flash-attn-3"}, 192, 128, "flash-attn-3"),
+        ({"flash-attn-2"}, 192, 128, "flash-attn-2, values padded"),
+        (set(), 192, 128, "torch-flash, values padded"),
+        ({"flash-attn-2"}, 512, 512, "reference"),
+    ],
+)
+def test_order(monkeypatch, installed, head, value_head, chosen):
+    for kind in (FlashAttn2, FlashAttn3):
+        monkeypatch.setattr(kind, "available", lambda self: self.name in installed)
+    query, key, value = on_cuda(head), on_cuda(head), on_cuda(value_head)
+    assert choose_kernel(query, key, value).name == chosen
+
+
+def test_what_is_not_installed_is_not_taken():
+    query = on_cuda(64)
+    assert not KERNELS["flash-attn-2"].supports(query, query, query)
+    assert not KERNELS["flash-attn-3"].supports(query, query, query)
+    with pytest.raises(ValueError, match=r"'flash-attn-2' cannot take .* or is not installed"):
+        choose_kernel(query, query, query, "flash-attn-2")
