@@ -63,9 +63,11 @@ class _Nowhere:
 
     def __init__(self, step: Step, width: int) -> None:
         (self.parts,), self.width = step.parts, width  # one micro-batch
+        self.options = {"device": torch.cuda.current_device(), "dtype": step.config.pipeline_dtype}
 
     def receive(self, action: Action) -> Any:
-        return _There(torch.randn(self.parts[action.sub_sequence].length, 1, self.width))
+        length = self.parts[action.sub_sequence].length
+        return _There(torch.randn(length, 1, self.width, **self.options))
 
     def send(self, action: Action, tensor: torch.Tensor) -> None:
         pass

@@ -32,6 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, layers: int, hidden:
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
 
 
 def make_groups() -> None:
@@ -56,11 +57,12 @@ def make_batch(options: argparse.Namespace) -> dict[str, Any]:
     """Return one micro-batch of random tokens, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, options.vocab_size, (1, options.length + 1), generator=generator)
+    tokens = tokens.cuda()  # of which the adaptor makes the CPU where there is no GPU
     return {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:],
-        "loss_mask": torch.ones(1, options.length),
-        "position_ids": torch.arange(options.length)[None],
+        "loss_mask": torch.ones_like(tokens[:, 1:], dtype=torch.float32),
+        "position_ids": torch.arange(options.length, device=tokens.device)[None],
         "attention_mask": None,
         "cu_seqlens": None,
     }
@@ -118,7 +120,9 @@ def make_config(options: argparse.Namespace, num_layers: int, **others: Any) -> 
         num_layers=num_layers,
         hidden_size=options.hidden_size,
         num_attention_heads=options.heads,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=getattr(torch, options.dtype),
+        params_dtype=getattr(torch, options.dtype),
+        bf16=options.dtype == "bfloat16",
         deallocate_pipeline_outputs=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -135,7 +139,7 @@ def make_part(
     vp_stage: int | None = None,
 ) -> GPTModel:
     """Build one model chunk, with the embedding if ``first`` and the output layer if ``last``."""
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(),
         vocab_size=options.vocab_size,
@@ -145,6 +149,7 @@ def make_part(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
+    return model.cuda().to(config.params_dtype)
 
 
 def wrap(models: list[GPTModel]) -> list[DistributedDataParallel]:

@@ -33,7 +33,7 @@ from report import save, sentence, setting
 from seq1f1b.schedule import Kind, Schedule, interleaved, peak_live, zb_h1
 from seq1f1b.simulate import Costs, greedy, simulate
 
-SHAPES = ((4, 8), (4, 16), (8, 8), (8, 16))
+SHAPES = ["4x8", "4x16", "8x8", "8x16"]
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,9 @@ def main() -> None:
     parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument(
+        "--shapes", nargs="+", default=SHAPES, help="stages x micro-batches, as in 8x16"
+    )
+    parser.add_argument(
         "--pool", type=Path, help="a file of all runs, to which further calls add theirs"
     )
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
@@ -264,13 +267,15 @@ def main() -> None:
     bench.time_all()
     if options.pool:
         bench.pool(options.pool)
-    tables = [table(bench, *shape) for shape in SHAPES]
+    tables = [table(bench, *map(int, shape.split("x"))) for shape in options.shapes]
     about = setting(
         layers_a_stage=options.layers,
         hidden=options.hidden_size,
         heads=options.heads,
         vocabulary=options.vocab_size,
         tokens=options.length,
+        dtype=options.dtype,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         rounds=bench.num_rounds,
     )
     report = markdown(tables, HEADER.format(setting=sentence(about), scatter=bench.scatter))

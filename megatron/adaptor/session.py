@@ -248,7 +248,13 @@ class Session:
         if key not in self._groups:
             self._groups[key] = make_channel_groups(key[0], interleaved=key[1])
             print_rank_0(f"> {describe(step.schedule)}; lengths {self._lengths(step.parts[0])}")
-        return self.meter.measure(kwargs["model"], lambda clock: step.run(self._groups[key], clock))
+        is_first = self.context.kernel_taken is None
+        reports = self.meter.measure(
+            kwargs["model"], lambda clock: step.run(self._groups[key], clock)
+        )
+        if is_first:
+            print_rank_0(f"> attention kernel of sub-sequences: {self.context.kernel_taken}")
+        return reports
 
     def _training_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def training_log(*args: Any, **kwargs: Any) -> Any:

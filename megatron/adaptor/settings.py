@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--seq1f1b-attention",
         choices=sorted(KERNELS),
         default=None,
-        help="Attention kernel of sub-sequences (default: the fastest that takes the tensors).",
+        help="Attention kernel of sub-sequences (default: the first of "
+        f"{', '.join(KERNELS)} that takes the tensors).",
     )
     group.add_argument(
         "--seq1f1b-metrics-file",

@@ -23,6 +23,7 @@ from seq1f1b.runtime import (
     PointToPoint,
     connect,
     execute,
+    point_to_point,
 )
 from seq1f1b.schedule import Action, Kind, Schedule
 
@@ -202,14 +203,15 @@ class Step:
             length = self.parts[action.micro_batch][action.sub_sequence].length
             return length // num_shares, self.micro_batch_size, self.config.hidden_size
 
-        return PointToPoint(
+        device = torch.cuda.current_device()
+        return point_to_point(self.groups.pp, device)(
             self.schedule,
             self.stage,
             ranks=torch.distributed.get_process_group_ranks(self.groups.pp),
             groups=groups,
             shape=shape,
             dtype=self.config.pipeline_dtype or self.config.params_dtype,
-            device=torch.cuda.current_device(),
+            device=device,
         )
 
     @property
@@ -326,7 +328,8 @@ def make_channel_groups(pipeline: Any, *, interleaved: bool) -> dict[Channel, An
     groups = {first: pipeline}
     for channel in others:
         groups[channel], _ = torch.distributed.new_subgroups_by_enumeration(each)
-    connect(groups, pipeline.rank(), own, torch.cuda.current_device())
+    is_staged = torch.distributed.get_backend(pipeline) == "gloo"
+    connect(groups, pipeline.rank(), own, "cpu" if is_staged else torch.cuda.current_device())
     return groups
 
 

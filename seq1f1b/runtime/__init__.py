@@ -9,8 +9,10 @@ from seq1f1b.runtime.transport import (
     ONE_CHUNK,
     Channel,
     PointToPoint,
+    StagedPointToPoint,
     Transport,
     connect,
+    point_to_point,
 )
 from seq1f1b.runtime.weight_gradients import DeferrableLinear, WeightGradients
 
@@ -25,9 +27,11 @@ __all__ = [
     "DeferrableLinear",
     "ExecutionContext",
     "PointToPoint",
+    "StagedPointToPoint",
     "Timed",
     "Transport",
     "WeightGradients",
     "connect",
     "execute",
+    "point_to_point",
 ]

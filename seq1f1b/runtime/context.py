@@ -24,6 +24,7 @@ class ExecutionContext:
     ``documents``, set for a step whose sequences are packed, has for each micro-batch the documents
     of every row; None means that each row is one document. ``lengths_vary`` says that the next
     micro-batch is probably not as long as this one, so that its buffers are not worth keeping.
+    ``kernel_taken`` is the name of the attention kernel that ran last.
     """
 
     def __init__(self, kernel: str | None = None) -> None:
@@ -38,6 +39,7 @@ class ExecutionContext:
     def use_kernel(self, name: str | None) -> None:
         """Take the attention kernel called ``name``; None takes the best that is there."""
         self._kernel = name
+        self.kernel_taken: str | None = None
 
     @contextmanager
     def running(self, action: Action, part: SubSequence) -> Iterator[None]:
@@ -62,6 +64,7 @@ class ExecutionContext:
         micro-batch, the tensors are the whole sequence and nothing is carried.
         """
         kernel = choose_kernel(query, key, value, self._kernel)
+        self.kernel_taken = kernel.name
         if self.action is not None and self.part is not None and self.documents is not None:
             return packed_attention(
                 query,

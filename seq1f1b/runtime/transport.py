@@ -80,16 +80,16 @@ class PointToPoint:
 
     def receive(self, action: Action) -> "_Arriving":
         """See Transport."""
-        buffer = torch.empty(self._shape(action), dtype=self._dtype, device=self._device)
+        buffer = self._buffer(self._shape(action))
         rank, group, tag = self._route(action)
         work = dist.irecv(buffer, rank, group=group, tag=tag)
         assert work is not None, "this rank is not in its own pipeline's process group"
-        return _Arriving(work, buffer)
+        return _Arriving(work, buffer, self._device)
 
     def send(self, action: Action, tensor: Tensor) -> None:
         """See Transport."""
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
-        kept = tensor.detach().contiguous()
+        kept = self._outgoing(tensor.detach())
         rank, group, tag = self._route(action)
         work = dist.isend(kept, rank, group=group, tag=tag)
         assert work is not None, "this rank is not in its own pipeline's process group"
@@ -101,6 +101,14 @@ class PointToPoint:
             work.wait()
         self._leaving.clear()
 
+    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """Return where a tensor arrives."""
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def _outgoing(self, tensor: Tensor) -> Tensor:
+        """Return what is handed to torch.distributed; it may not change until it has left."""
+        return tensor.contiguous()
+
     def _route(self, action: Action) -> tuple[int, dist.ProcessGroup, int]:
         peer, _ = self._schedule.peer(self._stage, action)
         channel = Channel(
@@ -108,6 +116,28 @@ class PointToPoint:
             to_higher_stage=(peer > self._stage) == action.kind.is_send,
         )
         return self._ranks[peer], self._groups[channel], ALL_CHANNELS.index(channel)
+
+
+class StagedPointToPoint(PointToPoint):
+    """Goes through host memory, for stages that share a GPU, which NCCL does not allow.
+
+    Process groups must be gloo's. A send waits until its tensor has been computed and copied, so
+    this is for tests and measurements without a cluster.
+    """
+
+    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, pin_memory=torch.cuda.is_available())
+
+    def _outgoing(self, tensor: Tensor) -> Tensor:
+        staged = self._buffer(tuple(tensor.shape))
+        staged.copy_(tensor)
+        return staged
+
+
+def point_to_point(group: dist.ProcessGroup, device: torch.device | str) -> type[PointToPoint]:
+    """Return the kind of links that ``group`` can make between tensors on ``device``."""
+    is_staged = torch.device(device).type == "cuda" and dist.get_backend(group) == "gloo"
+    return StagedPointToPoint if is_staged else PointToPoint
 
 
 def connect(
@@ -136,10 +166,11 @@ def connect(
 
 
 class _Arriving:
-    def __init__(self, work: dist.Work, buffer: Tensor) -> None:
+    def __init__(self, work: dist.Work, buffer: Tensor, device: torch.device | str) -> None:
         self._work = work
         self._buffer = buffer
+        self._device = device
 
     def wait(self) -> Tensor:
         self._work.wait()
-        return self._buffer
+        return self._buffer.to(self._device, non_blocking=True)

@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch.distributed as dist
 
-from seq1f1b.runtime import ALL_CHANNELS, ActionClock, ExecutionContext, PointToPoint, execute
+from seq1f1b.runtime import (
+    ALL_CHANNELS,
+    ActionClock,
+    ExecutionContext,
+    PointToPoint,
+    StagedPointToPoint,
+    execute,
+)
 from seq1f1b.schedule import Schedule, gpipe, interleaved, lower, one_f_one_b, zb_h1
 from seq1f1b.sequence import partition, sub_sequences
 from seq1f1b.simulate import Costs, greedy
@@ -22,7 +29,12 @@ LENGTH = 29
 BATCH = 2
 
 
-def run_schedule(schedule: Schedule, method: str, length: int = LENGTH) -> tuple[float, float]:
+def run_schedule(
+    schedule: Schedule,
+    method: str,
+    length: int = LENGTH,
+    kind: type[PointToPoint] = PointToPoint,
+) -> tuple[float, float]:
     """Run one step on this rank; return the worst relative gradient error and the loss error."""
     stage = dist.get_rank()
     schedule = lower(schedule)
@@ -34,7 +46,7 @@ def run_schedule(schedule: Schedule, method: str, length: int = LENGTH) -> tuple
     context = ExecutionContext()
     chunks = [ModelPart(index, num_parts, length, context) for index in indices]
     computation = TinyComputation(chunks, data, parts, context)
-    transport = PointToPoint(
+    transport = kind(
         schedule,
         stage,
         ranks=range(schedule.num_stages),
@@ -95,6 +107,11 @@ def run_zb_h1(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
     ]
 
 
+def run_staged(num_stages: int) -> list[tuple[tuple[int, int], float, float]]:
+    schedule = interleaved(num_stages, 2, 3, 4)
+    return [((3, 4), *run_schedule(schedule, "uniform_comp", kind=StagedPointToPoint))]
+
+
 def run_greedy(num_stages: int) -> list[tuple[tuple[int, int, int], float, float]]:
     results = []
     for v, m, s in itertools.product((1, 2), (2, 3, 4, 8), (1, 2, 3, 4)):
@@ -107,7 +124,7 @@ def run_greedy(num_stages: int) -> list[tuple[tuple[int, int, int], float, float
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_zb_h1, run_greedy])
+@pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_zb_h1, run_greedy, run_staged])
 def test_gradients_of_other_schedules(workers, num_stages, run):
     for results in workers(num_stages).run(run, num_stages, timeout=240):
         for case, gradient_error, loss_error in results:
