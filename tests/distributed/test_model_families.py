@@ -54,7 +54,23 @@ FAMILIES = {
     "Llama, YaRN": replace(_LLAMA, positions="yarn"),
     "Qwen3": _QWEN3,
     "Qwen3, tied": replace(_QWEN3, tied=True),
+    "Qwen3-MoE": replace(_QWEN3, experts="aux_loss"),
+    "Qwen2-MoE, a shared expert": with_config(
+        replace(_LLAMA, experts="aux_loss"),
+        add_qkv_bias=True,
+        moe_shared_expert_intermediate_size=24,
+        moe_shared_expert_gate=True,
+    ),
     "DeepSeek": _DEEPSEEK,
+    "DeepSeek-V3's router": with_config(
+        replace(_DEEPSEEK, experts="seq_aux_loss"),
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=2,
+        moe_router_group_topk=1,
+        moe_router_topk_scaling_factor=2.5,
+        moe_router_pre_softmax=True,
+    ),
     "DeepSeek, no compressed query": with_config(
         replace(_DEEPSEEK, spec=LATENT_SPEC | {"qk_layernorm": False}),
         q_lora_rank=None,
