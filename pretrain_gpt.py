@@ -41,6 +41,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.datasets.sft_dataset import SFTDataset
+from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 Batch = dict[str, torch.Tensor | None]
@@ -247,11 +248,18 @@ def get_embedding_ranks(ranks: list[int]) -> list[int]:
     return sorted(holders)
 
 
+def model_config(args: Namespace) -> GPTModelConfig:
+    """What Megatron builds the model from; by itself it leaves --rope-scaling-factor out."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
 def main() -> None:
     """Train as the command line says."""
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, model_config(args)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

@@ -252,7 +252,7 @@ class Session:
         reports = self.meter.measure(
             kwargs["model"], lambda clock: step.run(self._groups[key], clock)
         )
-        if is_first:
+        if is_first and self.context.kernel_taken is not None:
             print_rank_0(f"> attention kernel of sub-sequences: {self.context.kernel_taken}")
         return reports
 

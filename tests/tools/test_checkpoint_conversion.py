@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from tests.distributed.training_runs import torchrun
+from tools.checkpoint.convert import app
 
 ROOT = Path(__file__).parents[2]
-CONVERT = ROOT / "tools" / "checkpoint" / "convert.py"
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,7 +27,7 @@ _SIZES = {
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
-    "factor": 8.0,
+    "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -41,14 +42,12 @@ FAMILIES = {
 
 
 def convert(*arguments):
-    return subprocess.run(
-        [sys.executable, CONVERT, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def converted(*arguments):
     run = convert(*arguments)
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.exit_code == 0, run.stderr[-3000:]
     return run
 
 
@@ -99,6 +98,7 @@ def megatron_logits(jobs, tokens, num_stages, num_tensor):
         validate_args,
     )
 
+    from pretrain_gpt import model_config
     from tests.distributed.layouts import Layout
 
     rank = torch.distributed.get_rank()
@@ -116,6 +116,7 @@ def megatron_logits(jobs, tokens, num_stages, num_tensor):
         sys.argv += ["--use-cpu-initialization"]
         args = parse_args()
         validate_args(args)
+        config = model_config(args)
         model = GPTModel(
             core_transformer_config_from_args(args),
             get_gpt_layer_local_spec(
@@ -128,11 +129,12 @@ def megatron_logits(jobs, tokens, num_stages, num_tensor):
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             parallel_output=False,
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=args.rotary_base,
-            rope_scaling=args.use_rope_scaling,
-            rope_scaling_factor=args.rope_scaling_factor,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
         ).eval()
         state = dist_checkpointing.load(model.sharded_state_dict(), str(folder / "release"))
         model.load_state_dict(state, strict=False)
@@ -182,10 +184,11 @@ def test_logits_are_those_of_hugging_face(workers, models, checkpoints):
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_a_converted_model_goes_on_training(tmp_path, checkpoints):
-    """Megatron takes the model's shape from the checkpoint."""
+def test_a_converted_model_goes_on_training(tmp_path, models, checkpoints):
+    flags = (checkpoints["qwen3"] / "megatron_flags.txt").read_text()
     arguments = shlex.split(
-        f"--load {checkpoints['qwen3']} --use-checkpoint-args --vocab-size 70 --finetune "
+        f"--load {checkpoints['qwen3']} --finetune {flags} --save {tmp_path / 'saved'} "
+        "--save-interval 2 "
         "--ckpt-format torch_dist --pipeline-model-parallel-size 2 --seq1f1b-splits 2 "
         "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-4 "
         "--mock-data --tokenizer-type NullTokenizer --eval-iters 1 --eval-interval 2 "
@@ -195,6 +198,12 @@ def test_a_converted_model_goes_on_training(tmp_path, checkpoints):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "successfully loaded checkpoint" in run.stdout
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    flags = ("--hf-config", models["qwen3"][0], "--output", tmp_path / "trained")
+    back = converted("megatron-to-hf", "--megatron", tmp_path / "saved", *flags)
+    assert "58 rows beyond the vocabulary" in back.stderr
+    before, after = tensors_of(models["qwen3"][0]), tensors_of(tmp_path / "trained")
+    for name, tensor in before.items():
+        assert 0 < (after[name] - tensor).abs().max() < 1e-3, name
 
 
 def tensors_of(folder):
@@ -292,7 +301,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_left(tmp_path, models,
     damage, messages = DAMAGES[name]
     source = damaged(models["llama"][0], tmp_path, damage)
     run = convert("hf-to-megatron", "--hf", source, "--output", tmp_path / "out")
-    assert run.returncode == 2
+    assert run.exit_code == 2
     for message in messages:
         assert message in run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
@@ -309,7 +318,7 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path, models, checkpoints):
         (copy / "release" / file.name).write_bytes(file.read_bytes()[:length])
     flags = ("--megatron", copy, "--hf-config", source, "--output", tmp_path / "out")
     run = convert("megatron-to-hf", *flags)
-    assert run.returncode == 2
+    assert run.exit_code == 2
     assert "cannot read" in run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
@@ -317,13 +326,24 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path, models, checkpoints):
 def test_a_checkpoint_of_another_model(tmp_path, models, checkpoints):
     flags = ("--megatron", checkpoints["qwen3"], "--hf-config", models["llama"][0])
     run = convert("megatron-to-hf", *flags, "--output", tmp_path / "out")
-    assert run.returncode == 2
+    assert run.exit_code == 2
     assert "config.json means" in run.stderr
+
+
+def test_as_a_script():
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools" / "checkpoint" / "convert.py", "hf-to-megatron", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0
+    assert "--transformer-impl" in run.stdout
 
 
 def test_an_output_that_exists(tmp_path, models):
     run = convert("hf-to-megatron", "--hf", models["llama"][0], "--output", tmp_path)
-    assert run.returncode == 2
+    assert run.exit_code == 2
     assert f"{tmp_path} exists" in run.stderr.replace("\n", "")
 
 

@@ -28,8 +28,8 @@ from tools.checkpoint.problem import ConversionError
 
 FLAGS_FILE = "megatron_flags.txt"
 _ATTRIBUTES = {
-    "--norm-epsilon": "layernorm_epsilon",
-    "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
+    "--norm-epsilon": ("layernorm_epsilon", None),
+    "--disable-bias-linear": ("add_bias_linear", False),
 }
 _GIB = 1 << 30
 
@@ -113,7 +113,9 @@ def megatron_to_hf(
         shape = read_shape(hf_config)
         parts = pieces(shape, transformer_engine=transformer_impl == "transformer_engine")
         checkpoint = torch_dist.Checkpoint(megatron)
-        checkpoint.check(parts)
+        padding = checkpoint.check(parts)
+        if padding:
+            _console.print(f"{padding} rows beyond the vocabulary of config.json are left out")
 
         def write(folder: Path, advance: Callable[[], None]) -> None:
             def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -163,10 +165,11 @@ def _command_line(flags: dict[str, Any]) -> str:
 
 def _arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """Return ``flags`` as the attributes that Megatron parses them to."""
-    return {
-        _ATTRIBUTES.get(flag, flag.removeprefix("--").replace("-", "_")): value
-        for flag, value in flags.items()
-    }
+    arguments = {}
+    for flag, value in flags.items():
+        name, stored = _ATTRIBUTES.get(flag, (flag.removeprefix("--").replace("-", "_"), None))
+        arguments[name] = value if stored is None else stored
+    return arguments
 
 
 if __name__ == "__main__":

@@ -156,23 +156,26 @@ class Checkpoint:
                 f"{self.path} is no checkpoint in Megatron's torch_dist format: {error}"
             ) from None
 
-    def check(self, pieces: Sequence[Piece]) -> None:
+    def check(self, pieces: Sequence[Piece]) -> int:
         """Raise ConversionError unless all ``pieces`` are there, of their shapes.
 
-        A vocabulary may have been padded.
+        A vocabulary may have been padded; returns by how many tokens.
         """
+        padding = 0
         for piece in pieces:
             found = self._metadata.state_dict_metadata.get(piece.key)
             if not isinstance(found, TensorStorageMetadata):
                 raise ConversionError(f"{self.path} has no tensor {piece.key}")
             size, wanted = tuple(found.size), piece.whole
             if "embedding" in piece.key or "output_layer" in piece.key:
+                padding = max(padding, size[0] - wanted[0])
                 size = (min(size[0], wanted[0]), *size[1:])
             if size != wanted:
                 raise ConversionError(
                     f"{self.path}: {piece.key} has shape {list(found.size)}, config.json "
                     f"means {list(wanted)}"
                 )
+        return padding
 
     def read(self, piece: Piece) -> Tensor:
         """Return one piece, ``own_sizes`` large. Raises ConversionError when it cannot be read."""
