@@ -11,21 +11,28 @@ python=${PYTHON:-.venv/bin/python}
 }
 results=benchmarks/results/gpu
 mkdir -p "$results"
+failed=0
+
+# A table that fails, for want of memory say, does not take the others along.
+table() {
+    "$python" "$@" || { echo "benchmarks/gpu.sh: failed: $*" >&2; failed=1; }
+}
 
 # Attention of a 7B model: ours over one whole call and over concatenation, with peak memory.
-"$python" benchmarks/attention.py --lengths 8192 16384 32768 65536 131072 \
+table benchmarks/attention.py --lengths 8192 16384 32768 65536 131072 \
     --output "$results/attention"
-# A third of the heads for keys and values, as Llama 3 has.
-"$python" benchmarks/attention.py --groups 8 --lengths 32768 --output "$results/attention-grouped"
+# A quarter of the heads for keys and values, as Llama 3 has.
+table benchmarks/attention.py --groups 8 --lengths 32768 --output "$results/attention-grouped"
 
 # A stage of a 7B model on 8 stages (4 layers), timed alone and replayed for 8 stages. Its column
 # "work" is what cutting costs the layers.
-for length in 16384 32768 65536; do
-    "$python" benchmarks/replay.py --layers 4 --hidden-size 4096 --heads 32 --vocab-size 32000 \
+for length in 16384 32768 65536 131072; do
+    table benchmarks/replay.py --layers 4 --hidden-size 4096 --heads 32 --vocab-size 32000 \
         --length "$length" --dtype bfloat16 --shapes 8x8 8x16 --rounds 3 \
         --output "$results/replay-$length"
 done
 
 # Real processes on the one device, and what the executor costs the host.
-"$python" benchmarks/one_gpu.py --stages 2 4 --output "$results/one_gpu"
-"$python" benchmarks/host.py --output "$results/host"
+table benchmarks/one_gpu.py --stages 2 4 --output "$results/one_gpu"
+table benchmarks/host.py --output "$results/host"
+exit $failed

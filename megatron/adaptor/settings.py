@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.adaptor.documents import Packing
 from megatron.adaptor.refusals import unsupported
-from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.attention.kernels import KERNELS, is_available
 from seq1f1b.schedule import (
     Schedule,
     ScheduleError,
@@ -219,6 +219,11 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         packing=packing if asked or not features else None,
     )
     faults = [*_split_faults(settings, args), *_schedule_faults(settings, args)]
+    if settings.attention is not None and not is_available(settings.attention):
+        faults.append(
+            f"--seq1f1b-attention {settings.attention} does not find its package or a GPU that it "
+            "runs on: leave it out, and one that does is taken"
+        )
     if asked:
         faults += features
     return settings, faults

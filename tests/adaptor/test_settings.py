@@ -144,6 +144,10 @@ REFUSED = {
         [*_AHEAD, "--context-parallel-size", "2", "--cp-comm-type", "a2a"],
         ["--mtp-num-layers cannot go with --context-parallel-size and sub-sequences"],
     ),
+    "an attention kernel that is not there": (
+        ["--seq1f1b-splits", "4", "--seq1f1b-attention", "flash-attn-2"],
+        ["--seq1f1b-attention flash-attn-2 does not find its package or a GPU"],
+    ),
     "several at once": (
         ["--seq1f1b-splits", "0", "--attention-dropout", "0.1", "--seq1f1b-schedule", "1f1b"],
         ["--seq1f1b-splits 0", "--attention-dropout must be 0"],

@@ -16,6 +16,7 @@ from seq1f1b.attention.kernels import KERNELS
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
 from seq1f1b.attention.kernels.padded import Padded
+from seq1f1b.attention.kernels.torch_flash import TorchFlash
 from tests.attention.test_prefix_causal import SCALE, in_parts, make, whole
 
 
@@ -107,11 +108,15 @@ def flash_attn_3():
     module.deterministic = []
 
     def forward(
-        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
-        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
-        max_seqlen_k=None, softmax_scale=None, causal=False,
+        q, k, v, k_new, v_new, qv, out_, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
+        seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos,
+        rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale, softmax_scale, causal,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0,
     ):  # fmt: skip
-        assert causal
+        assert causal is True
+        unused = k_new, v_new, qv, out_, cu_seqlens_k_new, seqused_q, seqused_k, page_table
+        unused += kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary
+        assert set(unused) == {q_descale, k_descale, v_descale} == {None}
         if cu_seqlens_q is None:
             return *attend(q, k, v, softmax_scale), None, None
         assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in pairwise(cu_seqlens_k))
@@ -212,13 +217,23 @@ def on_cuda(head, dtype=torch.bfloat16):
         ({"flash-attn-2"}, 192, 128, "flash-attn-2, values padded"),
         (set(), 192, 128, "torch-flash, values padded"),
         ({"flash-attn-2"}, 512, 512, "reference"),
+        ({"flash-attn-2"}, 100, 100, "reference"),
     ],
 )
 def test_order(monkeypatch, installed, head, value_head, chosen):
-    for kind in (FlashAttn2, FlashAttn3):
-        monkeypatch.setattr(kind, "available", lambda self: self.name in installed)
+    for kind in (FlashAttn2, FlashAttn3, TorchFlash):
+        present = installed | {"torch-flash"}
+        monkeypatch.setattr(kind, "available", lambda self, present=present: self.name in present)
     query, key, value = on_cuda(head), on_cuda(head), on_cuda(value_head)
     assert choose_kernel(query, key, value).name == chosen
+
+
+def test_the_largest_heads_are_not_deterministic_on_hopper(monkeypatch):
+    monkeypatch.setattr(FlashAttn3, "available", lambda self: True)
+    tensors = on_cuda(256), on_cuda(256), on_cuda(256)
+    assert KERNELS["flash-attn-3"].supports(*tensors)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not KERNELS["flash-attn-3"].supports(*tensors)
 
 
 def test_what_is_not_installed_is_not_taken():

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from seq1f1b.attention.kernels.bottom_right import BottomRight
 from seq1f1b.attention.kernels.cpu_flash import CpuFlash
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
@@ -37,4 +38,10 @@ def choose_kernel(query: Tensor, key: Tensor, value: Tensor, name: str | None = 
     )
 
 
-__all__ = ["KERNELS", "Kernel", "PackedKernel", "choose_kernel"]
+def is_available(name: str) -> bool:
+    """Whether the kernel called ``name`` finds the package and the device that it needs."""
+    kernel = KERNELS[name]
+    return kernel.available() if isinstance(kernel, BottomRight) else True
+
+
+__all__ = ["KERNELS", "Kernel", "PackedKernel", "choose_kernel", "is_available"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
-_LARGEST_HEAD = 256
+_LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
+AMPERE = 8
 
 
 class BottomRight(ABC):
@@ -51,7 +52,7 @@ class BottomRight(ABC):
 
     def takes_heads(self, key_size: int, value_size: int) -> bool:
         """Whether heads may have these sizes."""
-        return key_size == value_size <= _LARGEST_HEAD
+        return key_size == value_size <= _LARGEST_HEAD and key_size % _HEAD_MULTIPLE == 0
 
     def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """See Kernel."""
@@ -117,6 +118,12 @@ class BottomRight(ABC):
         grads = self.run_backward(grad, q, k, v, out, log_sum_exp, scale, bounds, longest)
         grad_query, grad_key, grad_value = (x[:, None] for x in grads)
         return grad_query, grad_key, grad_value
+
+
+@lru_cache(maxsize=1)
+def generation() -> int:
+    """Return the first number of the GPU's compute capability; 0 without a GPU."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
 
 
 @lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import BottomRight
+from seq1f1b.attention.kernels.bottom_right import AMPERE, BottomRight, generation
 
 _OLDEST = (2, 8)
 _NO_DROPOUT, _NO_WINDOW, _NO_CAP = 0.0, (-1, -1), 0.0
@@ -21,7 +21,7 @@ class FlashAttn2(BottomRight):
 
     def available(self) -> bool:
         """See BottomRight."""
-        return _installed()
+        return _installed() and generation() >= AMPERE
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import BottomRight
+from seq1f1b.attention.kernels.bottom_right import BottomRight, generation
 
 _HOPPER = 9
 _LATENT_HEADS = (192, 128)
+_LARGEST_DETERMINISTIC = 192
 
 
 class FlashAttn3(BottomRight):
@@ -24,7 +25,9 @@ class FlashAttn3(BottomRight):
         return _usable()
 
     def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """See BottomRight."""
+        """See BottomRight; the largest heads have no deterministic backward."""
+        if torch.are_deterministic_algorithms_enabled() and key_size > _LARGEST_DETERMINISTIC:
+            return False
         return super().takes_heads(key_size, value_size) or (key_size, value_size) == _LATENT_HEADS
 
     def run_forward(
@@ -32,16 +35,12 @@ class FlashAttn3(BottomRight):
     ) -> tuple[Tensor, Tensor]:
         """See BottomRight."""
         most = None if bounds is None else longest
+        # By place: older builds have no defaults, and the places are the same. What is left out in
+        # between is a cache of keys, pages, rotation and scales of 8-bit types.
         output, log_sum_exp, *_ = _package()._flash_attn_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q=bounds,
-            cu_seqlens_k=bounds,
-            max_seqlen_q=most,
-            max_seqlen_k=most,
-            softmax_scale=scale,
-            causal=True,
+            *(q, k, v, None, None, None, None, bounds, bounds, None, None, None, most, most),
+            *([None] * 9),
+            *(scale, True),
         )
         return output, log_sum_exp
 
@@ -72,7 +71,7 @@ class FlashAttn3(BottomRight):
 @lru_cache(maxsize=1)
 def _usable() -> bool:
     is_built = importlib.util.find_spec("flash_attn_interface") is not None
-    return is_built and torch.cuda.get_device_capability()[0] == _HOPPER
+    return is_built and generation() == _HOPPER
 
 
 def _package() -> Any:

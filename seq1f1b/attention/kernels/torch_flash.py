@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import BottomRight
+from seq1f1b.attention.kernels.bottom_right import AMPERE, BottomRight, generation
 
 _NO_DROPOUT = 0.0
 
@@ -15,7 +15,7 @@ class TorchFlash(BottomRight):
 
     def available(self) -> bool:
         """See BottomRight."""
-        return True
+        return generation() >= AMPERE
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
