@@ -140,9 +140,8 @@ def _attend(
 
 def needs_context(context: ExecutionContext) -> bool:
     """Whether the running action works on less than a whole micro-batch, or on packed documents."""
-    if context.part is None:
-        return False
-    return context.documents is not None or context.part.length < context.part.total
+    is_packed = context.part is not None and context.documents is not None
+    return is_packed or context.cut_part is not None
 
 
 def _obstacle(

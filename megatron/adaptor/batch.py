@@ -95,8 +95,8 @@ class BatchCutter:
         return None if self._masks is None else self._masks[1].sum()
 
     def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        part = self._context.part
-        if part is None or part.length == part.total:
+        part = self._context.cut_part
+        if part is None:
             return batch
         cut = {
             key: value[:, part.start : part.stop]

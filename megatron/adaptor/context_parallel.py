@@ -28,26 +28,15 @@ def to_heads(group: Any, tensor: Tensor) -> Tensor:
         )
     shares = tensor.reshape(length, batch, size, heads // size, dim).permute(2, 0, 1, 3, 4)
     received = all_to_all(group, shares.reshape(size * length, batch, heads // size, dim))
-    pieces = received.view(2 * size, length // 2, batch, heads // size, dim)
-    return pieces[_places(size, tensor.device)].flatten(0, 1)
+    early, late = received.view(size, 2, length // 2, batch, heads // size, dim).unbind(1)
+    return torch.cat((early, late.flip(0))).flatten(0, 1)
 
 
 def to_tokens(group: Any, tensor: Tensor) -> Tensor:
     """Undo ``to_heads``: from ``[n, b, heads / c, dim]`` to ``[n / c, b, heads, dim]``."""
     size = group.size()
     length, batch, heads, dim = tensor.shape
-    pieces = tensor.reshape(2 * size, length // (2 * size), batch, heads, dim)
-    dealt = pieces[_pieces(size, tensor.device)].flatten(0, 1)
+    early, late = tensor.reshape(2, size, length // (2 * size), batch, heads, dim)
+    dealt = torch.stack((early, late.flip(0)), dim=1).flatten(0, 2)
     shares = all_to_all(group, dealt).view(size, length // size, batch, heads, dim)
     return shares.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _pieces(size: int, device: torch.device) -> Tensor:
-    """Which pieces of the sequence the ranks hold, rank by rank."""
-    first = torch.arange(size, device=device)
-    return torch.stack((first, 2 * size - 1 - first), dim=1).flatten()
-
-
-def _places(size: int, device: torch.device) -> Tensor:
-    """Where the pieces of the sequence lie among what the ranks hold."""
-    return torch.argsort(_pieces(size, device))

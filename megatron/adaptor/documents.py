@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.adaptor.agreement import from_first_stage
 from megatron.adaptor.batch import Replay
 from seq1f1b.sequence import Documents
 
@@ -88,29 +89,16 @@ def agree_on_documents(
     ``groups`` are Megatron's. Raises ValueError when the first stage has no data.
     """
     shape = num_micro_batches, num_rows, total
-    bits = torch.zeros(num_micro_batches, num_rows, -(-total // 8), dtype=torch.uint8)
-    # Only the first rank of a tensor-parallel group reads data.
-    if groups.tp.rank() == 0:
-        if groups.pp.rank() == 0:
-            if replay is None:
-                raise ValueError(
-                    f"{packing.flag}: the first stage has no data to find documents in"
-                )
-            batches = replay.read_ahead(num_micro_batches)
-            starts = [packing.starts(batch, num_rows, total) for batch in batches]
-            bits = torch.from_numpy(np.packbits(torch.stack(starts).numpy(), axis=-1))
-        bits = broadcast(bits, groups.pp)
-    bits = broadcast(bits, groups.tp)
-    flags = np.unpackbits(bits.cpu().numpy(), axis=-1, count=total).reshape(shape)
+
+    def pack(batches: list[Any]) -> Tensor:
+        if batches == [None]:
+            raise ValueError(f"{packing.flag}: the first stage has no data to find documents in")
+        starts = [packing.starts(batch, num_rows, total) for batch in batches]
+        return torch.from_numpy(np.packbits(torch.stack(starts).numpy(), axis=-1))
+
+    like = torch.zeros(num_micro_batches, num_rows, -(-total // 8), dtype=torch.uint8)
+    bits = from_first_stage(groups, replay, num_micro_batches, pack, like)
+    flags = np.unpackbits(bits.numpy(), axis=-1, count=total).reshape(shape)
     return [
         [Documents(tuple(np.flatnonzero(row).tolist()), total) for row in rows] for rows in flags
     ]
-
-
-def broadcast(value: Tensor, group: Any) -> Tensor:
-    """Return what the first rank of ``group`` has; all of them must call, with the same shape."""
-    if group.size() == 1:
-        return value
-    value = value.to(torch.cuda.current_device())
-    torch.distributed.broadcast(value, group=group, group_src=0)
-    return value

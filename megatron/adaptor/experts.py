@@ -113,9 +113,8 @@ class RouterLosses:
 
     @property
     def _runs_cut_forward(self) -> bool:
-        part, action = self._context.part, self._context.action
-        is_cut = part is not None and part.length < part.total
-        return is_cut and action is not None and action.kind is Kind.F
+        part, action = self._context.cut_part, self._context.action
+        return part is not None and action is not None and action.kind is Kind.F
 
     def balance(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``switch_load_balancing_loss_func`` of the whole micro-batch."""
@@ -129,8 +128,8 @@ class RouterLosses:
             moe_aux_loss_coeff: float,
             **kwargs: Any,
         ) -> Tensor:
-            part, action = self._context.part, self._context.action
-            if part is None or action is None or part.length == part.total:
+            part, action = self._context.cut_part, self._context.action
+            if part is None or action is None:
                 return original(
                     probs,
                     tokens_per_expert,
@@ -163,8 +162,8 @@ class RouterLosses:
         """Return ``z_loss_func`` weighted by the running sub-sequence's share of the tokens."""
 
         def z_loss_func(*args: Any, **kwargs: Any) -> Tensor:
-            loss, part = original(*args, **kwargs), self._context.part
-            if part is None or part.length == part.total:
+            loss, part = original(*args, **kwargs), self._context.cut_part
+            if part is None:
                 return loss
             share = part.length / part.total
             logged = share if self._runs_cut_forward else 0.0

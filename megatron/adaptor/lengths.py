@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron.adaptor.agreement import from_first_stage
 from megatron.adaptor.batch import Replay
-from megatron.adaptor.documents import broadcast
 
 
 def agree_on_lengths(replay: Replay | None, groups: Any, *, num_micro_batches: int) -> list[int]:
@@ -19,13 +19,13 @@ def agree_on_lengths(replay: Replay | None, groups: Any, *, num_micro_batches: i
     ``replay`` is where this rank reads micro-batches; that of the first stage is read ahead.
     ``groups`` are Megatron's. Raises ValueError when the first stage cannot tell.
     """
-    lengths = torch.zeros(num_micro_batches, dtype=torch.int64)
-    if groups.tp.rank() == 0:
-        if groups.pp.rank() == 0:
-            batches = replay.read_ahead(num_micro_batches) if replay is not None else [None]
-            lengths = torch.tensor([_length(batch) for batch in batches])
-        lengths = broadcast(lengths, groups.pp)
-    return broadcast(lengths, groups.tp).tolist()
+    return from_first_stage(
+        groups,
+        replay,
+        num_micro_batches,
+        derive=lambda batches: torch.tensor([_length(batch) for batch in batches]),
+        like=torch.zeros(num_micro_batches, dtype=torch.int64),
+    ).tolist()
 
 
 def _length(batch: Any) -> int:

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron.adaptor.batch import BatchCutter
 from megatron.adaptor.patches import Patch
 from seq1f1b.runtime import ExecutionContext
-from seq1f1b.sequence import SubSequence
 
 _MODULE = "megatron.core.transformer.multi_token_prediction"
 
@@ -45,7 +44,7 @@ class Lookahead:
 
     def _roll(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def roll_tensor(tensor: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-            part = self._cut_part()
+            part = self._context.cut_part
             if tensor is None or part is None:
                 return original(tensor, *args, **kwargs)
             is_whole = tensor.shape[-1] == part.total
@@ -67,16 +66,11 @@ class Lookahead:
         def process_mtp_loss(
             *, labels: Tensor | None, loss_mask: Tensor | None, **kwargs: Any
         ) -> Tensor:
-            if self._cut_part() is not None:
+            if self._context.cut_part is not None:
                 labels, loss_mask = self._whole(labels), self._whole(loss_mask)
             return original(labels=labels, loss_mask=loss_mask, **kwargs)
 
         return process_mtp_loss
-
-    def _cut_part(self) -> SubSequence | None:
-        """Return the running sub-sequence if it is less than the whole micro-batch."""
-        part = self._context.part
-        return part if part is not None and part.length < part.total else None
 
     def _whole(self, tensor: Tensor | None) -> Tensor | None:
         """Return what ``tensor`` was cut from; rolling turns it into the sub-sequence's again."""

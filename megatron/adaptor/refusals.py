@@ -155,8 +155,5 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
 
 _UNSUPPORTED_PACKED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
     (lambda args: args.context_parallel_size > 1, "--context-parallel-size"),
-    (_truthy("hybrid_context_parallel"), "--hybrid-context-parallel"),
     (_truthy("mtp_num_layers"), "--mtp-num-layers"),
-    (_truthy("hybrid_layer_pattern"), "--hybrid-layer-pattern"),
-    (_truthy("experimental_attention_variant"), "--experimental-attention-variant"),
 )

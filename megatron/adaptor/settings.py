@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Attention kernel of sub-sequences (default: the first of "
         f"{', '.join(KERNELS)} that takes the tensors).",
     )
+    _add_output_arguments(group)
+    return parser
+
+
+def _add_output_arguments(group: Any) -> None:
     group.add_argument(
         "--seq1f1b-metrics-file",
         default=None,
@@ -108,7 +113,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="Which iteration to trace; the first ones are slower. (default: %(default)s)",
     )
-    return parser
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _calls(
 
     def as_groups(entry: tuple[int, SubSequence]) -> int:
         number, piece = entry
-        return -1 if together and piece.length == piece.total else number
+        return -1 if together and piece.is_whole else number
 
     for _, entries in groupby(documents.pieces(part), key=as_groups):
         group = list(entries)
@@ -97,7 +97,7 @@ def _calls(
         lengths = tuple(piece.length for _, piece in group)
         tokens = slice(begin, begin + sum(lengths))
         carry = None
-        if piece.length < piece.total:
+        if not piece.is_whole:
             own = tokens, slice(row, row + 1)
             carry = carry_of(row, number, piece.total, key[own], value[own])
         yield _Call(row, tokens, piece, lengths, carry)

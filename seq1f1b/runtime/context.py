@@ -51,6 +51,11 @@ class ExecutionContext:
             self.action = self.part = None
 
     @property
+    def cut_part(self) -> SubSequence | None:
+        """The running sub-sequence if it is less than its whole micro-batch."""
+        return None if self.part is None or self.part.is_whole else self.part
+
+    @property
     def offset(self) -> int:
         """Position of the running sub-sequence's first token; 0 when nothing runs."""
         return self.part.start if self.part else 0
@@ -76,14 +81,15 @@ class ExecutionContext:
                 documents=self.documents[self.action.micro_batch],
                 carry_of=partial(self._document_carry, self.action, layer),
             )
-        if self.action is None or self.part is None or self.part.length == self.part.total:
+        part = self.cut_part
+        if self.action is None or part is None:
             return causal_attention(query, key, value, kernel=kernel, scale=scale)
         owner = self.action.chunk, self.action.micro_batch
         carry = self.carries.carry(
-            owner, layer, self.part.total, key, value, reuse=not self.lengths_vary
+            owner, layer, part.total, key, value, reuse=not self.lengths_vary
         )
         return causal_attention(
-            query, key, value, kernel=kernel, scale=scale, carry=carry, part=self.part
+            query, key, value, kernel=kernel, scale=scale, carry=carry, part=part
         )
 
     def _document_carry(

@@ -19,6 +19,11 @@ class SubSequence:
         return self.stop - self.start
 
     @property
+    def is_whole(self) -> bool:
+        """Whether this is all of the micro-batch's sequence."""
+        return self.length == self.total
+
+    @property
     def is_last(self) -> bool:
         """Whether no sub-sequence follows in this micro-batch."""
         return self.stop == self.total

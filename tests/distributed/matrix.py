@@ -4,8 +4,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.nn.functional import silu
-
+from tests.distributed.families import LATENT, LATENT_SPEC, LLAMA, RMS_NORM, full, selective
 from tests.distributed.megatron_model import BATCH, GROUPS, HEADS, HIDDEN, LAYERS, Case
 
 LENGTH, NUM_MICRO_BATCHES = 32, 4
@@ -19,12 +18,6 @@ class Choice:
     case: dict[str, Any] = field(default_factory=dict)
 
 
-_SWIGLU = {
-    "gated_linear_unit": True,
-    "activation_func": silu,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-}
 _SWIGLU_FLAGS = (
     "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
     "--untie-embeddings-and-output-weights"
@@ -34,21 +27,10 @@ _EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
     "--moe-aux-loss-coeff 0.5 --moe-z-loss-coeff 0.1"
 )
-_LATENT = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 8,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 6,
-    "qk_layernorm": True,
-    "rope_type": "rope",
-}
 _LATENT_FLAGS = (
     "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 8 "
     "--qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm --rope-type rope"
 )
-_NORM = {"normalization": "RMSNorm"}
 _PP, _TP, _CP, _EP = (
     f"--{kind}-parallel-size"
     for kind in ("pipeline-model", "tensor-model", "context", "expert-model")
@@ -84,30 +66,30 @@ MATRIX: dict[str, dict[str, Choice]] = {
             f"--position-embedding-type learned_absolute {_GROUPS}",
             {"positions": "learned_absolute", "tied": True},
         ),
-        "Llama": Choice(f"{_SWIGLU_FLAGS} {_GROUPS}", {"config": _SWIGLU, "spec": _NORM}),
+        "Llama": Choice(f"{_SWIGLU_FLAGS} {_GROUPS}", {"config": LLAMA, "spec": RMS_NORM}),
         "Qwen3": Choice(
             f"{_SWIGLU_FLAGS} {_GROUPS} --qk-layernorm",
             {
-                "config": _SWIGLU | {"qk_layernorm": True},
-                "spec": _NORM | {"qk_layernorm": True},
+                "config": LLAMA | {"qk_layernorm": True},
+                "spec": RMS_NORM | {"qk_layernorm": True},
             },
         ),
         "Mixtral": Choice(
             f"{_SWIGLU_FLAGS} {_GROUPS} {_EXPERTS}",
-            {"config": _SWIGLU, "spec": _NORM, "experts": "aux_loss"},
+            {"config": LLAMA, "spec": RMS_NORM, "experts": "aux_loss"},
         ),
         "DeepSeek": Choice(
             f"{_SWIGLU_FLAGS} {_LATENT_FLAGS} {_EXPERTS} "
             "--moe-router-load-balancing-type seq_aux_loss",
             {
-                "config": _SWIGLU | _LATENT,
-                "spec": _NORM | {"multi_latent_attention": True, "qk_layernorm": True},
+                "config": LATENT,
+                "spec": LATENT_SPEC,
                 "experts": "seq_aux_loss",
             },
         ),
         "Llama, multi-token prediction": Choice(
             f"{_SWIGLU_FLAGS} {_GROUPS} --mtp-num-layers 2",
-            {"config": _SWIGLU | {"mtp_num_layers": 2}, "spec": _NORM},
+            {"config": LLAMA | {"mtp_num_layers": 2}, "spec": RMS_NORM},
         ),
         "Mamba layers": Choice("--hybrid-layer-pattern M*M*"),
     },
@@ -115,31 +97,19 @@ MATRIX: dict[str, dict[str, Choice]] = {
         "none": Choice(""),
         "full, uniform": Choice(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-            {
-                "config": {
-                    "recompute_granularity": "full",
-                    "recompute_method": "uniform",
-                    "recompute_num_layers": 1,
-                }
-            },
+            {"config": full("uniform", 1)},
         ),
         "full, block": Choice(
             "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
-            {
-                "config": {
-                    "recompute_granularity": "full",
-                    "recompute_method": "block",
-                    "recompute_num_layers": 1,
-                }
-            },
+            {"config": full("block", 1)},
         ),
         "attention": Choice(
             "--recompute-granularity selective --recompute-modules core_attn",
-            {"config": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}},
+            {"config": selective("core_attn")},
         ),
         "norms": Choice(
             "--recompute-granularity selective --recompute-modules layernorm",
-            {"config": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}},
+            {"config": selective("layernorm")},
         ),
     },
     "Documents": {

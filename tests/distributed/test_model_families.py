@@ -3,32 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from torch.nn.functional import silu
 
+from tests.distributed.families import LATENT, LATENT_SPEC, LLAMA, RMS_NORM, full, selective
+from tests.distributed.gradient_checks import check
 from tests.distributed.megatron_model import Case
-from tests.distributed.test_megatron_gradients import check
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
-
-LLAMA = {
-    "gated_linear_unit": True,
-    "activation_func": silu,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-}
-LATENT = {
-    **LLAMA,
-    "multi_latent_attention": True,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 8,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 6,
-    "qk_layernorm": True,
-    "rope_type": "rope",
-}
-RMS_NORM = {"normalization": "RMSNorm"}
-LATENT_SPEC = {**RMS_NORM, "multi_latent_attention": True, "qk_layernorm": True}
 
 _PLAIN = Case(2, 3, 4)
 _LLAMA = replace(_PLAIN, config=LLAMA, spec=RMS_NORM)
@@ -101,18 +81,6 @@ def test_latent_attention_among_experts_and_documents(workers):
         {"experts": "aux_loss", "documents": "cu_seqlens", "num_chunks": 2},
     )
     check(workers, 2, [replace(_DEEPSEEK, **other) for other in others])
-
-
-def full(method: str, num_layers: int) -> dict[str, object]:
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": method,
-        "recompute_num_layers": num_layers,
-    }
-
-
-def selective(*modules: str) -> dict[str, object]:
-    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
 RECOMPUTED = {

@@ -5,22 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.megatron_model import Case, worst_gradient_error
+from tests.distributed.gradient_checks import check
+from tests.distributed.megatron_model import Case
 
 pytestmark = pytest.mark.distributed
 
 SOURCES = ("cu_seqlens", "position_ids", "tokens")
-
-
-def errors(cases):
-    return [(case, worst_gradient_error(case)) for case in cases]
-
-
-def check(workers, num_stages, cases):
-    for results in workers(num_stages).run(errors, cases, timeout=300):
-        assert len(results) == len(cases)
-        for case, error in results:
-            assert error < 1e-5, case
 
 
 @pytest.mark.timeout(400)
