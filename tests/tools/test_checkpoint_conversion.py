@@ -1,7 +1,9 @@
 """Converted checkpoints compute what Hugging Face's models compute, and come back as they were."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +323,19 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path, models, checkpoints):
     assert run.exit_code == 2
     assert "cannot read" in run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, models, checkpoints, monkeypatch):
+    def end(folder, *args, **kwargs):
+        folder.mkdir()
+        (folder / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tools.checkpoint.huggingface.write", end)
+    flags = ("--megatron", checkpoints["llama"], "--hf-config", models["llama"][0])
+    run = convert("megatron-to-hf", *flags, "--output", tmp_path / "out")
+    assert run.exit_code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model(tmp_path, models, checkpoints):

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,12 +26,10 @@ from tools.checkpoint import huggingface, torch_dist
 from tools.checkpoint.families import read_shape
 from tools.checkpoint.mapping import Piece, pieces
 from tools.checkpoint.problem import ConversionError
+from tools.preprocessing.interrupts import Interrupted, interruptible
 
 FLAGS_FILE = "megatron_flags.txt"
-_ATTRIBUTES = {
-    "--norm-epsilon": ("layernorm_epsilon", None),
-    "--disable-bias-linear": ("add_bias_linear", False),
-}
+_NAMES = {"--norm-epsilon": "layernorm_epsilon"}
 _GIB = 1 << 30
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -130,16 +129,18 @@ def megatron_to_hf(
         _publish(output, len(parts), write)
 
 
-class _reported:
-    """Ends the program with the message of a ConversionError."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, (ConversionError, OSError)):
-            _console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2)
+@contextmanager
+def _reported() -> Iterator[None]:
+    """End the program with the message of a ConversionError; let interruptions clean up too."""
+    try:
+        with interruptible():
+            yield
+    except (ConversionError, OSError) as error:
+        _console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except Interrupted as error:
+        _console.print(f"{error}: ended; nothing is left")
+        raise typer.Exit(error.exit_code) from None
 
 
 def _publish(output: Path, total: int, write: Callable[[Path, Callable[[], None]], None]) -> None:
@@ -165,11 +166,12 @@ def _command_line(flags: dict[str, Any]) -> str:
 
 def _arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """Return ``flags`` as the attributes that Megatron parses them to."""
-    arguments = {}
-    for flag, value in flags.items():
-        name, stored = _ATTRIBUTES.get(flag, (flag.removeprefix("--").replace("-", "_"), None))
-        arguments[name] = value if stored is None else stored
-    return arguments
+    named = {
+        _NAMES.get(flag, flag.removeprefix("--").replace("-", "_")): value
+        for flag, value in flags.items()
+        if flag != "--disable-bias-linear"
+    }
+    return named | {"add_bias_linear": False}
 
 
 if __name__ == "__main__":

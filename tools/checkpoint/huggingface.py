@@ -27,7 +27,6 @@ class Source:
         self._folder = folder
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self.dtype = torch.float32
         shards = sorted(folder.glob("*.safetensors"))
         if not shards:
             raise ConversionError(f"{folder} has no *.safetensors")
@@ -68,7 +67,11 @@ class Source:
             raise ConversionError(
                 f"{self._folder}: {len(left)} tensors have no place in Megatron's model: {some}"
             )
-        self.dtype = self.read(next(iter(self._files))).dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that weights have."""
+        return self.read(next(iter(self._files))).dtype
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""

@@ -151,6 +151,7 @@ class Checkpoint:
             self.path = folder / (latest if latest == "release" else f"iter_{int(latest):07d}")
         try:
             self._metadata: Metadata = FileSystemReader(self.path).read_metadata()
+            self._reader = _Reader(self.path, self._metadata)
         except (OSError, EOFError) as error:
             raise ConversionError(
                 f"{self.path} is no checkpoint in Megatron's torch_dist format: {error}"
@@ -184,11 +185,22 @@ class Checkpoint:
         tensor = torch.empty(piece.sizes, dtype=stored.properties.dtype)
         reading = _Reading(piece, tensor)
         try:
-            load({}, storage_reader=FileSystemReader(self.path), planner=reading, no_dist=True)
+            load({}, storage_reader=self._reader, planner=reading, no_dist=True)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise ConversionError(f"{self.path}: cannot read {piece.key}: {reason}") from error
         return tensor.reshape(piece.own_sizes)
+
+
+class _Reader(FileSystemReader):
+    """Knows the metadata, which torch asks for at each load: of many layers they take long."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._known = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._known
 
 
 class _Reading(DefaultLoadPlanner):
