@@ -38,9 +38,18 @@ class Session:
         self.cutter = BatchCutter(self.context)
         self.router_losses = RouterLosses(self.context)
         self.meter = metrics.StepMeter(self.context, device)
-        self.settings: Settings | None = None
+        self._settings: Settings | None = None
         self._args: argparse.Namespace | None = None
         self._groups: dict[tuple[Any, bool], dict[Channel, Any]] = {}
+
+    @property
+    def settings(self) -> Settings | None:
+        """What the flags say; settings given here count instead of any flags."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings | None) -> None:
+        self._settings, self._args = settings, None
 
     def patches(self) -> list[Patch | Attribute]:
         """Return every replacement in Megatron-Core, with its reason."""
@@ -228,8 +237,8 @@ class Session:
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
             if self._args is not None:
                 # Only now, with the tokenizer built, do they hold the size of the vocabulary.
-                self.settings, _ = settings_from(self._args)
-                self.context.use_kernel(self.settings.attention)
+                self._settings, _ = settings_from(self._args)
+                self.context.use_kernel(self._settings.attention)
             if self.settings is None or not self.settings.runs_executor:
                 return self.meter.around_loop(original(*args, **kwargs))
             return self._run_step
