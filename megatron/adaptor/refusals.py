@@ -134,6 +134,11 @@ _UNSUPPORTED: tuple[tuple[Callable[[argparse.Namespace], bool], str, str], ...] 
         _OFFLOAD,
     ),
     (_truthy("overlap_moe_expert_parallel_comm"), "--overlap-moe-expert-parallel-comm", _REMOVE),
+    (
+        _truthy("tp_comm_overlap"),
+        "--tp-comm-overlap",
+        "has buffers as long as a whole micro-batch: leave it out, or use --seq1f1b-splits 1",
+    ),
     (_truthy("use_megatron_fsdp"), "--use-megatron-fsdp", _REMOVE),
     (_truthy("use_torch_fsdp2"), "--use-torch-fsdp2", _REMOVE),
     (

@@ -22,6 +22,7 @@ from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.positions import cached_rotary_offset, rotary_offset
 from megatron.adaptor.settings import Settings, add_arguments, refuse, settings_from
 from megatron.adaptor.tokenizer import gpt2_from_files
+from megatron.adaptor.transformer_engine import configuring
 from seq1f1b.runtime import Channel, ExecutionContext
 from seq1f1b.schedule import Kind
 
@@ -202,15 +203,22 @@ class Session:
     def _transformer_engine_patches(self) -> list[Patch]:
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
+        configuration = Patch(
+            f"{_CORE}.transformer.transformer_config:TransformerConfig.__post_init__",
+            ("self",),
+            "lets transformer-engine's layers add up gradients of sub-sequences, in W if any",
+            configuring(lambda: self._settings),
+        )
         if not HAVE_TE:
-            return []
+            return [configuration]
         return [
+            configuration,
             Patch(
                 f"{_CORE}.extensions.transformer_engine:TEDotProductAttention.forward",
                 ("query", "key", "value", "attention_mask", "attn_mask_type"),
                 "attends to earlier sub-sequences",
                 transformer_engine_attention(self.context),
-            )
+            ),
         ]
 
     def _add_arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,6 +232,7 @@ class Session:
             result = original(args, defaults or {})
             settings, faults = settings_from(args)
             refuse(faults, args.rank)
+            self._settings = settings
             if settings.packing is not None and settings.runs_executor:
                 # All stages get the documents' boundaries; nobody reads an s x s mask.
                 args.create_attention_mask_in_dataloader = False

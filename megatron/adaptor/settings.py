@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from megatron.core.fp4_utils import get_fp4_align_size
+from megatron.core.fp8_utils import get_fp8_align_size
+
 from megatron.adaptor.documents import Packing
 from megatron.adaptor.refusals import unsupported
 from seq1f1b.attention.kernels import KERNELS, is_available
@@ -256,11 +259,18 @@ def _multiple(args: argparse.Namespace) -> int:
     """Return what the length of a sub-sequence is a multiple of, so that ranks can share it.
 
     Context parallelism deals it out in two pieces per rank, sequence parallelism deals a rank's
-    tokens out again.
+    tokens out again, and of those a product in FP8 or FP4 takes so many at a time.
     """
     cp = args.context_parallel_size
     tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    return cp * math.lcm(2, tp) if cp > 1 else tp
+    shares = cp * math.lcm(2, tp) if cp > 1 else tp
+    return math.lcm(shares, cp * tp * _num_tokens_of_a_product(args))
+
+
+def _num_tokens_of_a_product(args: argparse.Namespace) -> int:
+    if args.fp8:
+        return get_fp8_align_size(args.fp8_recipe)
+    return get_fp4_align_size(args.fp4_recipe) if args.fp4 else 1
 
 
 def _why_multiple(args: argparse.Namespace) -> str:
@@ -276,18 +286,25 @@ def _why_multiple(args: argparse.Namespace) -> str:
         )
         if counts and size > 1
     ]
+    flags += [
+        f"{flag} {value}"
+        for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4))
+        if value
+    ]
     multiple = _multiple(args)
-    return f" ({' and '.join(flags)} deal tokens out {multiple} at a time)" if flags else ""
+    return f" ({' and '.join(flags)} take tokens {multiple} at a time)" if flags else ""
 
 
 def _schedule_faults(settings: Settings, args: argparse.Namespace) -> Iterator[str]:
     given = f"--seq1f1b-schedule {settings.kind}"
     if settings.max_live is not None and settings.kind != "greedy":
         yield f"--seq1f1b-max-live {settings.max_live} goes with --seq1f1b-schedule greedy only"
-    if settings.splits_backwards and args.transformer_impl != "local":
+    has_biases = args.add_bias_linear or args.add_qkv_bias
+    if settings.splits_backwards and args.transformer_impl != "local" and has_biases:
         yield (
-            f"{given} with --transformer-impl {args.transformer_impl}: weight gradients can be put "
-            "off in Megatron's own layers only; use --transformer-impl local"
+            f"{given} with --transformer-impl {args.transformer_impl}: its layers put off weight "
+            "gradients, but not those of biases; use --transformer-impl local, or "
+            "--disable-bias-linear and no --add-qkv-bias"
         )
     if settings.splits_backwards and not args.gradient_accumulation_fusion:
         yield f"{given}: leave out --no-gradient-accumulation-fusion"

@@ -14,6 +14,7 @@ from megatron.adaptor.documents import agree_on_documents
 from megatron.adaptor.lengths import agree_on_lengths
 from megatron.adaptor.loss import TokenExactLoss
 from megatron.adaptor.settings import Settings
+from megatron.adaptor.transformer_engine import DelayedWeightGradients
 from seq1f1b.runtime import (
     ALL_CHANNELS,
     ONE_CHUNK,
@@ -84,6 +85,7 @@ class Step:
             num_shares=self.groups.cp.size(),
         )
         self.gradient_sync = _GradientSync(self)
+        self.delayed = [DelayedWeightGradients(chunk) for chunk in self.chunks]
 
     def run(self, groups: Mapping[Channel, Any], clock: ActionClock) -> list[Any]:
         """Run the step and return one report per micro-batch (on the last stage)."""
@@ -139,12 +141,18 @@ class Step:
         self, action: Action, received: Tensor | None, output: Tensor, gradient: Tensor | None
     ) -> Tensor | None:
         """See Computation."""
+        arguments = received, output, gradient, self.config
+        if action.kind is Kind.B and self.delayed[action.chunk].has_layers:
+            input_gradient = schedules.backward_step(*arguments)
+            self.weight_gradients(action)
+            return input_gradient
         with self.gradient_sync.around(action):
-            return schedules.backward_step(received, output, gradient, self.config)
+            return schedules.backward_step(*arguments)
 
     def weight_gradients(self, action: Action) -> None:
         """See Computation."""
         self.context.weight_gradients.compute(action)
+        self.delayed[action.chunk].compute_next()
         self.gradient_sync.after_weight_gradients(action)
 
     def output_sent(self, output: Tensor) -> None:
@@ -229,6 +237,8 @@ class Step:
         return schedules.clear_embedding_activation_buffer(self.config, model, self._is_last_rank)
 
     def _finish(self, embedding: Any) -> None:
+        for delayed in self.delayed:
+            delayed.check_empty()
         self.gradient_sync.finish()
         config = self.config
         if config.finalize_model_grads_func is not None and not self.forward_only:
@@ -280,9 +290,9 @@ class _GradientSync:
             self._disable()
 
     def after_weight_gradients(self, action: Action) -> None:
-        """Do what Megatron's hooks do if ``action`` is a W that closes a chunk.
+        """Do what Megatron's hooks do if ``action`` closes a chunk with gradients that waited.
 
-        The hooks ran in the last I, when the gradients were not complete.
+        The hooks ran in the last backward, when the gradients were not complete.
         """
         chunk = self._step.chunks[action.chunk]
         with self.around(action):

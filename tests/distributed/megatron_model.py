@@ -32,7 +32,9 @@ class Case:
     tensor, context, experts_shared, replicas: ranks per stage that share weights, tokens, experts
     (among replicas) and micro-batches; num_micro_batches is per replica.
     against_one_split: compare with the same ranks in Megatron's own schedule, not the whole model.
-    config, spec, model: further arguments of Megatron's configuration, layer spec and GPTModel.
+    engine: whether the pipeline's layers keep gradients in transformer-engine's way.
+    config, spec, model, ddp: further arguments of Megatron's configuration, layer spec, GPTModel
+    and data parallelism.
     """
 
     num_stages: int
@@ -57,9 +59,11 @@ class Case:
     experts_shared: int = 1
     replicas: int = 1
     against_one_split: bool = False
+    engine: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -223,7 +227,9 @@ def _experts(case: Case) -> dict[str, Any]:
     }
 
 
-def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> Any:
+def _model(
+    case: Case, config: Any, first: bool, last: bool, *, engine: bool = False, **kwargs: Any
+) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -231,6 +237,10 @@ def _model(case: Case, config: Any, first: bool, last: bool, **kwargs: Any) -> A
     )
 
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, **case.spec)
+    if engine:
+        from tests.distributed.engine_layers import engine_spec
+
+        spec = engine_spec(spec)
     if config.mtp_num_layers:
         kwargs["mtp_block_spec"] = get_gpt_mtp_block_spec(
             config, spec, use_transformer_engine=False, vp_stage=kwargs.get("vp_stage")
@@ -269,12 +279,13 @@ def _stage_chunks(case: Case, whole: Any) -> list[Any]:
     for chunk in range(case.num_chunks):
         first = stage == 0 and chunk == 0
         last = stage == case.num_stages - 1 and chunk == case.num_chunks - 1
-        model = _model(case, config, first, last, vp_stage=chunk if case.num_chunks > 1 else None)
+        stage_of = {"vp_stage": chunk} if case.num_chunks > 1 else {}
+        model = _model(case, config, first, last, engine=case.engine, **stage_of)
         ours = dict(whole.named_parameters())
         for name, parameter in model.named_parameters():
             weight = ours[_whole_name(model, name, case)].data
             parameter.data.copy_(_share(parameter, name, weight, is_gated=config.gated_linear_unit))
-        ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        ddp = DistributedDataParallel(config, DistributedDataParallelConfig(**case.ddp), model)
         ddp.zero_grad_buffer()
         chunks.append(ddp)
     config.finalize_model_grads_func = finalize_model_grads
