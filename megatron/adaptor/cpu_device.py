@@ -76,6 +76,7 @@ def install() -> None:
     _quieten()
     cpu_memory.keep_freed_memory()
     cpu_gloo.prefer_loopback()
+    cpu_gloo.share_device()
     for redirect in redirects():
         for name, value in redirect.values.items():
             setattr(redirect.owner, name, value)

@@ -187,6 +187,14 @@ ones = torch.tensor([1, 1])
 dist.all_to_all_single(received, torch.tensor([1.0, 2.0]), ones, ones)
 assert received.tolist() == [rank + 1.0, rank + 1.0]
 assert shard.item() == 1.5 * (rank + 1) and whole.tolist() == [rank + 1.0, 2 * rank + 2.0]
+import datetime, pathlib
+others = [dist.new_group([0, 1], timeout=datetime.timedelta(seconds=7)) for _ in range(5)]
+for other in others:
+    dist.all_reduce(summed, group=other)
+assert {other._get_backend(torch.device("cpu")).options._timeout.seconds for other in others} == {7}
+threads = [thread.read_text() for thread in pathlib.Path("/proc/self/task").glob("*/comm")]
+own = pathlib.Path("/proc/self/comm").read_text()  # what a device's thread is called too
+assert threads.count(own) == 2, threads
 dist.destroy_process_group()
 """
 
