@@ -62,7 +62,7 @@ for iteration in range(1, num_iterations + 1):
             "bubble_ratio": [0.2 / splits] * stages,
         }) + chr(10))
 """
-FAST = {"SEQ_LENGTHS": "64", "MICRO_BATCHES": "2", "TRAIN_ITERS": "4"}
+FAST = {"SEQ_LENGTHS": "64", "MICRO_BATCHES": "2", "TRAIN_ITERS": "4", "TAKE_TURNS": "0"}
 BASELINE = "tiny-seq64-tp1-pp2-m2-1f1b"
 AVERAGE = "tiny-seq64-tp1-pp2-m2-seq1f1b-s4-average"
 UNIFORM = "tiny-seq64-tp1-pp2-m2-seq1f1b-s4-uniform_comp"
@@ -235,7 +235,7 @@ def test_run_that_hangs_is_ended(bench):
     bench.behave(average="hangs")
     assert bench.sweep(RUN_TIMEOUT="1.5") == 1
     assert bench.rows()[AVERAGE]["status"] == "timeout"
-    assert bench.rows()[AVERAGE]["error"] == "ended after RUN_TIMEOUT=1.5 seconds"
+    assert bench.rows()[AVERAGE]["error"] == "ended after 1.5 seconds (RUN_TIMEOUT)"
     assert bench.rows()[UNIFORM]["status"] == "ok"
 
 
@@ -405,6 +405,48 @@ def test_node_that_waits_in_vain_says_for_whom(bench):
         Nodes(settings.cluster, seconds_to_meet=1)
 
 
+def test_runs_that_are_compared_take_turns(bench):
+    bench.script.write_text(
+        FAKE_SCRIPT.replace(
+            "for iteration in range(1, num_iterations + 1):",
+            "import os\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            "from tools.sweep.take_turns import Turn\n"
+            "turn = Turn(os.environ)\n"
+            "for iteration in range(1, num_iterations + 1):\n"
+            "    turn.wait()\n"
+            "    with (folder / 'steps').open('a') as steps:\n"
+            "        steps.write(f'{name} {iteration} ')\n",
+        )
+    )
+    assert bench.sweep(TAKE_TURNS="1") == 0, bench.text
+    steps = (bench.folder / "steps").read_text().split()
+    assert steps == [
+        word for i in "1234" for run in (BASELINE, AVERAGE, UNIFORM) for word in (run, i)
+    ]
+    assert {row["status"] for row in bench.rows().values()} == {"ok"}
+    (bench.folder / "steps").unlink()
+    bench.behave(average="oom", baseline="stops early")
+    assert bench.sweep(TAKE_TURNS="1", TRAIN_ITERS="5") == 1
+    rows = bench.rows()
+    assert [rows[name]["status"] for name in (BASELINE, AVERAGE, UNIFORM)] == [
+        "failed",
+        "oom",
+        "ok",
+    ]
+
+
+def test_an_interrupt_ends_every_run_that_takes_turns(bench):
+    bench.behave(average="hangs", uniform="hangs")
+    process = start(bench, TAKE_TURNS="1")
+    wait_for((bench.output / "metrics" / f"{AVERAGE}.jsonl").exists)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert [row["status"] for row in bench.rows().values()] == ["not run"] * 3
+
+
 # -------------------------------------------------------------------------------------- settings
 
 
@@ -417,7 +459,7 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
 @pytest.mark.parametrize(
     "name,value,message",
     [
-        ("MODEL_SIZES", "tiny 8b", "'8b' is not one of tiny, tiny-deep, 1.3b, 2.7b, 7b, 13b, 30b"),
+        ("MODEL_SIZES", "tiny 8b", "'8b' is not one of tiny, 1.3b, 2.7b, 7b, 13b, 30b"),
         ("SEQ_LENGTHS", "4k", "'4k' is not a whole number from 1 up"),
         ("MICRO_BATCHES", "0", "'0' is not a whole number from 1 up"),
         ("SPLITS", "-1", "'-1' is not a whole number from 1 up"),
@@ -434,6 +476,7 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
         ("EXTRA_ARGS", "--a 'b", "cannot be split into words: No closing quotation"),
         ("RUN_TIMEOUT", "-3", "'-3' is not a number above 0"),
         ("RETRY_FAILED", "yes", "'yes' is not one of 0, 1"),
+        ("TAKE_TURNS", "no", "'no' is not one of 0, 1"),
         ("NNODES", "0", "'0' is not a whole number from 1 up"),
         ("MASTER_PORT", "80", "'80' is not a port from 1024 to 65534"),
     ],
@@ -445,10 +488,10 @@ def test_bad_values_are_named(name, value, message):
 
 
 def test_all_bad_values_are_listed_at_once_before_anything_runs(bench, capsys):
-    environ = bench.environ(SPLITS="0", TP="x", NNODES="2", NODE_RANK="2")
+    environ = bench.environ(SPLITS="0", TP="x", NNODES="2", NODE_RANK="2", TAKE_TURNS="1")
     assert main([], environ, num_gpus=0) == 2
     text = capsys.readouterr().err
-    for name in ("SPLITS=0", "TP=x", "NODE_RANK=2", "MASTER_ADDR: must be set"):
+    for name in ("SPLITS=0", "TP=x", "NODE_RANK=2", "MASTER_ADDR: must be set", "TAKE_TURNS=1: "):
         assert name in text
     assert not bench.output.exists()
 
@@ -517,7 +560,7 @@ def reasons(num_gpus: int = 0, **variables: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "num_gpus,variables,reason",
     [
-        (0, {"PP": "3"}, "2 layers cannot be dealt to PP 3 x VPP 1 evenly"),
+        (0, {"PP": "3"}, "4 layers cannot be dealt to PP 3 x VPP 1 evenly"),
         (0, {"TP": "3"}, "2 attention heads are not divisible by TP 3"),
         (0, {"PP": "1", "VPP_SIZES": "2"}, "VPP 2 needs PP 2 or more"),
         (0, {"NNODES": "4", "MASTER_ADDR": "a"}, "2 processes cannot be dealt to 4 nodes evenly"),
@@ -529,7 +572,7 @@ def test_impossible_parallelism_is_skipped(num_gpus, variables, reason):
 
 
 def test_megatrons_interleaved_loop_needs_whole_rounds_of_micro_batches():
-    found = reasons(MODEL_SIZES="tiny-deep", MICRO_BATCHES="3", VPP_SIZES="1 2")
+    found = reasons(MICRO_BATCHES="3", VPP_SIZES="1 2")
     assert found["1f1b"] == ""
     assert "multiples of PP 2" in found["1f1b-interleaved-v2"]
 

@@ -11,6 +11,7 @@ from tools.sweep.settings import ROOT, Settings
 
 TRAINING_SCRIPT = ROOT / "pretrain_gpt.py"
 PINNING_SCRIPT = Path(__file__).with_name("pinned.py")
+TURNS_SCRIPT = Path(__file__).with_name("take_turns.py")
 _NO_ITERATION = 10**9
 
 
@@ -54,13 +55,19 @@ def training_arguments(
         arguments += ["--bf16", "--use-distributed-optimizer"]
         arguments += ["--sequence-parallel"] if run.tp > 1 else []
     else:
-        # a loader process would take time from the stage that shares its core
-        arguments += ["--num-workers", "0"]
+        # A loader process would take time from the stage that shares its core, and what Megatron
+        # fuses by scripts for a GPU becomes a chain of passes over memory.
+        arguments += ["--num-workers", "0", "--no-bias-gelu-fusion"]
     return [*arguments, "--seq1f1b-metrics-file", str(metrics_file), *settings.extra_args]
 
 
-def launcher(run: Run, cluster: Cluster, port: int, *, pinned: bool) -> list[str]:
-    """Return the part before the training script: torchrun, and what gives each rank its cores."""
+def launcher(
+    run: Run, cluster: Cluster, port: int, *, pinned: bool, takes_turns: bool
+) -> list[str]:
+    """Return what comes before the training script: torchrun, then what it becomes the script by.
+
+    That is what gives each rank its cores, and what waits for a turn before each step.
+    """
     address = cluster.master_addr if cluster.num_nodes > 1 else "127.0.0.1"
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
@@ -68,6 +75,7 @@ def launcher(run: Run, cluster: Cluster, port: int, *, pinned: bool) -> list[str
         *("--nproc-per-node", str(run.num_processes // cluster.num_nodes)),
         *("--master-addr", address, "--master-port", str(port)),
         *((str(PINNING_SCRIPT),) if pinned else ()),
+        *((str(TURNS_SCRIPT),) if takes_turns else ()),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Start one run, wait for it, and end it whole if it has to be ended."""
+"""Start runs, wait for them, and end each whole if it has to be ended."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,69 +26,91 @@ class Outcome:
     seconds: float
 
 
-def launch(
-    command: list[str],
-    log: Path,
-    environment: Mapping[str, str],
-    timeout: float,
-    *,
-    tick: Callable[[float], str | None],
-) -> Outcome:
-    """Run ``command`` with its output in ``log``.
+@dataclass(frozen=True)
+class Job:
+    """A command to run, with its output in ``log``.
 
-    ``tick`` is called with the seconds so far, several times a second; once it returns a reason,
-    the run is ended as failed for that reason. Interrupts end the run and are passed on.
+    alarm: called several times a second; once it returns a reason, the run is ended as failed for
+    that reason.
+    ended: called when the run has ended, however it did.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+
+    command: list[str]
+    log: Path
+    environment: Mapping[str, str]
+    alarm: Callable[[], str | None]
+    ended: Callable[[], None] = lambda: None
+
+
+def launch(jobs: Sequence[Job], timeout: float, tick: Callable[[float], None]) -> list[Outcome]:
+    """Run all ``jobs`` at the same time and return how each of them ended.
+
+    ``tick`` is called with the seconds so far, several times a second. Interrupts end all runs and
+    are passed on.
+    """
     start = time.monotonic()
-    with log.open("w") as stream:
-        stream.write(f"$ {shlex.join(command)}\n")
+    outcomes: dict[int, Outcome] = {}
+    processes: list[subprocess.Popen] = []
+    try:
+        processes += map(_start, jobs)
+        while len(outcomes) < len(jobs):
+            time.sleep(_TICK_SECONDS)
+            seconds = time.monotonic() - start
+            for number, (job, process) in enumerate(zip(jobs, processes, strict=True)):
+                if number in outcomes:
+                    continue
+                ending = _ending(job, process, seconds, timeout)
+                if ending is not None:
+                    outcomes[number] = Outcome(*ending, seconds)
+                    job.ended()
+            tick(seconds)
+    finally:
+        _end(processes)
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def _start(job: Job) -> subprocess.Popen:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w") as stream:
+        stream.write(f"$ {shlex.join(job.command)}\n")
         stream.flush()
-        process = subprocess.Popen(
-            command,
+        return subprocess.Popen(
+            job.command,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env=dict(job.environment),
             start_new_session=True,
         )
-        try:
-            stopped = _wait(process, start, timeout, tick)
-        finally:
-            _end(process)
-    seconds = time.monotonic() - start
-    if stopped is not None:
-        return Outcome(*stopped, seconds)
-    if process.returncode:
-        return Outcome(*explain(log, process.returncode), seconds)
-    return Outcome("ok", "", seconds)
 
 
-def _wait(
-    process: subprocess.Popen, start: float, timeout: float, tick: Callable[[float], str | None]
+def _ending(
+    job: Job, process: subprocess.Popen, seconds: float, timeout: float
 ) -> tuple[str, str] | None:
-    """Wait for the end; returns status and error of a run that has to be ended."""
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_TICK_SECONDS)
-            return None
-        seconds = time.monotonic() - start
-        if seconds > timeout:
-            return "timeout", f"ended after RUN_TIMEOUT={timeout:g} seconds"
-        if reason := tick(seconds):
-            return "failed", reason
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the process, and what it started: torchrun puts each worker in a session of its own."""
+    """Return status and error of a run that has ended, or that is ended here; None if it runs."""
     if process.poll() is not None:
-        return
-    family = {pid: _started(pid) for pid in _descendants(process.pid)}
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_SECONDS_TO_END)
-    process.kill()
-    process.wait()
+        return explain(job.log, process.returncode) if process.returncode else ("ok", "")
+    if seconds > timeout:
+        _end([process])
+        return "timeout", f"ended after {timeout:g} seconds (RUN_TIMEOUT)"
+    if reason := job.alarm():
+        _end([process])
+        return "failed", reason
+    return None
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """End processes, and what they started: torchrun puts each worker in a session of its own."""
+    running = [process for process in processes if process.poll() is None]
+    family = {pid: _started(pid) for process in running for pid in _descendants(process.pid)}
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + _SECONDS_TO_END
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.wait()
     for pid, started in family.items():
         # a number may have gone to another process meanwhile
         if started is not None and _started(pid) == started:

@@ -25,6 +25,7 @@ class Settings:
     """The settings of a sweep; those that are tuples of values are crossed with each other.
 
     train_iters: empty, one number, or one for each entry of micro_batches.
+    take_turns: whether runs of the same setting go step by step in turn.
     """
 
     has_gpu: bool
@@ -39,6 +40,7 @@ class Settings:
     micro_batch_size: int
     train_iters: tuple[int, ...]
     warmup_iters: int
+    take_turns: bool
     dataset: str
     vocab_size: int
     corpus_mb: float
@@ -103,6 +105,8 @@ def _contradictions(values: Mapping[str, Any], num_gpus: int) -> Iterator[str]:
         yield f"NODE_RANK={rank}: with NNODES={nodes} it must be below {nodes}"
     if nodes > 1 and not values["MASTER_ADDR"]:
         yield f"MASTER_ADDR: must be set to the address of node 0 with NNODES={nodes}"
+    if nodes > 1 and values.get("TAKE_TURNS"):
+        yield f"TAKE_TURNS=1: runs of several nodes cannot; leave it out with NNODES={nodes}"
     wanted = values.get("GPUS_PER_NODE")
     if num_gpus and wanted and wanted > num_gpus:
         yield f"GPUS_PER_NODE={wanted}: this node has {num_gpus}"
@@ -125,10 +129,14 @@ def _settings(values: dict[str, Any], given: dict[str, str], num_gpus: int) -> S
     names = ("data", "output")
     folders = {n: _folder(values[n.upper()], is_default=not given[n.upper()]) for n in names}
     world_size = values["NNODES"] * num_gpus
+    take_turns = values["TAKE_TURNS"]
+    if take_turns is None:
+        take_turns = num_gpus == 0 and values["NNODES"] == 1
     return Settings(
         has_gpu=num_gpus > 0,
         pp=values["PP"] or (default_stages(world_size),),
         train_iters=values["TRAIN_ITERS"] or (),
+        take_turns=take_turns,
         cluster=Cluster(
             num_nodes=values["NNODES"],
             node_rank=values["NODE_RANK"],
@@ -140,7 +148,7 @@ def _settings(values: dict[str, Any], given: dict[str, str], num_gpus: int) -> S
         **{
             field: values[field.upper()]
             for field in Settings.__annotations__
-            if field not in ("has_gpu", "pp", "train_iters", "cluster", *names)
+            if field not in ("has_gpu", "pp", "train_iters", "take_turns", "cluster", *names)
         },
     )
 

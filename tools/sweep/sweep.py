@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -13,13 +14,14 @@ from rich.status import Status
 
 from tools.sweep.command import TRAINING_SCRIPT, identity, launcher, training_arguments
 from tools.sweep.corpus import Corpus, prepare
-from tools.sweep.launch import Outcome, launch
+from tools.sweep.launch import Job, Outcome, launch
 from tools.sweep.metrics import read_metrics, summarize
 from tools.sweep.nodes import Nodes, NodesError
 from tools.sweep.plan import Run, plan_runs, why_not
 from tools.sweep.records import Output, Record
 from tools.sweep.report import Result
 from tools.sweep.settings import Settings
+from tools.sweep.turns import Turns
 
 Launcher = Callable[[Run, int], list[str]]
 _STOPPED_ELSEWHERE = "stopped on this node"
@@ -61,13 +63,19 @@ class Sweep:
         self._compare_nodes()
         if len(self.skipped) < len(self.runs):
             self._prepare()
-        for number, run in enumerate(self.runs, start=1):
-            place = f"[{number}/{len(self.runs)}] {run.name}"
-            if run.name in self.skipped:
-                self._say(f"{place}: skipped, {self.skipped[run.name]}")
-            else:
-                self._bring_to_an_end(run, place)
+        for runs in self._batches():
+            wanted = [run for run in runs if self._is_wanted(run)]
+            if wanted:
+                self._bring_to_an_end(wanted)
         self.nodes.gather("end", "")
+
+    def _batches(self) -> Iterator[list[Run]]:
+        """Say which runs go at the same time."""
+        if not self.settings.take_turns:
+            yield from ([run] for run in self.runs)
+            return
+        for _, runs in groupby(self.runs, key=lambda run: run.setting):
+            yield list(runs)
 
     def results(self) -> list[Result]:
         """Return every run of the plan with what is on disk of it."""
@@ -118,7 +126,7 @@ class Sweep:
     def _plan(self) -> Sequence[object]:
         return [*self.runs, *self.settings.extra_args, self.settings.warmup_iters]
 
-    # -------------------------------------------------------------------------------- one run
+    # ----------------------------------------------------------------------- runs of one batch
 
     def _arguments(self, run: Run) -> list[str]:
         corpus = Corpus.of(self.settings)
@@ -127,17 +135,23 @@ class Sweep:
     def _identity(self, run: Run) -> str:
         return identity(run, self.script, self._arguments(run), self.settings.cluster)
 
-    def _command(self, run: Run) -> list[str]:
+    def _command(self, run: Run, *, takes_turns: bool) -> list[str]:
         cluster = self.settings.cluster
         several = cluster.num_nodes > 1
         port = cluster.master_port + 1 if several else _free_port()
         if self.launcher is not None:
             before = self.launcher(run, port)
         else:
-            before = launcher(run, cluster, port, pinned=not self.settings.has_gpu)
+            pinned = not self.settings.has_gpu
+            before = launcher(run, cluster, port, pinned=pinned, takes_turns=takes_turns)
         return [*before, str(self.script), *self._arguments(run)]
 
-    def _bring_to_an_end(self, run: Run, place: str) -> None:
+    def _is_wanted(self, run: Run) -> bool:
+        """Whether a run has to be started; says why not otherwise."""
+        if run.name in self.skipped:
+            self._say(f"{self._place(run)}: skipped, {self.skipped[run.name]}")
+            return False
+
         def decision() -> str:
             settled = self.output.is_settled(
                 run.name,
@@ -148,38 +162,52 @@ class Sweep:
             return "done" if settled else "run"
 
         if self.nodes.decide(f"run/{run.name}", decision) == "done":
-            self._say(f"{place}: {self._known(run)}")
-            return
-        self.nodes.decide(f"start/{run.name}", lambda: str(self.output.forget(run.name)))
-        with self.console.status(place) as status:
-            outcome = self._launch(run, place, status)
-        outcomes = self.nodes.gather(f"outcome/{run.name}", json.dumps(asdict(outcome)))
-        if self.nodes.is_first:
-            self._settle(run, [Outcome(**json.loads(text)) for text in outcomes])
-            self._say(f"{place}: {self._known(run)}")
+            self._say(f"{self._place(run)}: {self._known(run)}")
+            return False
+        return True
 
-    def _launch(self, run: Run, place: str, status: Status) -> Outcome:
-        metrics_file = self.output.metrics(run.name)
+    def _bring_to_an_end(self, runs: list[Run]) -> None:
+        for run in runs:
+            self.nodes.decide(f"start/{run.name}", lambda n=run.name: str(self.output.forget(n)))
+        with self.console.status("starting") as status:
+            outcomes = self._launch(runs, status)
+        for run, outcome in zip(runs, outcomes, strict=True):
+            reported = self.nodes.gather(f"outcome/{run.name}", json.dumps(asdict(outcome)))
+            if self.nodes.is_first:
+                self._settle(run, [Outcome(**json.loads(text)) for text in reported])
+                self._say(f"{self._place(run)}: {self._known(run)}")
 
-        def tick(seconds: float) -> str | None:
-            status.update(f"{place}: {_progress(metrics_file, run, seconds)}")
-            alarm = self.nodes.alarm(run.name)
-            return None if alarm is None else f"{_STOPPED_ELSEWHERE}: {alarm}"
+    def _launch(self, runs: list[Run], status: Status) -> list[Outcome]:
+        def tick(seconds: float) -> None:
+            lines = (f"{self._place(run)}: {self._progress(run, seconds)}" for run in runs)
+            status.update("\n  ".join(lines))
 
+        timeout = self.settings.run_timeout * len(runs)
         try:
-            outcome = launch(
-                self._command(run),
-                self.output.log(run.name, self.settings.cluster.node_rank),
-                self._environment(),
-                self.settings.run_timeout,
-                tick=tick,
-            )
+            with Turns(len(runs)) as turns:
+                jobs = [self._job(run, turns, place) for place, run in enumerate(runs)]
+                outcomes = launch(jobs, timeout, tick)
         except KeyboardInterrupt:
-            self.nodes.raise_alarm(run.name, "interrupted")
+            for run in runs:
+                self.nodes.raise_alarm(run.name, "interrupted")
             raise
-        if outcome.status != "ok":
-            self.nodes.raise_alarm(run.name, outcome.error)
-        return outcome
+        for run, outcome in zip(runs, outcomes, strict=True):
+            if outcome.status != "ok":
+                self.nodes.raise_alarm(run.name, outcome.error)
+        return outcomes
+
+    def _job(self, run: Run, turns: Turns, place: int) -> Job:
+        def alarm() -> str | None:
+            raised = self.nodes.alarm(run.name)
+            return None if raised is None else f"{_STOPPED_ELSEWHERE}: {raised}"
+
+        return Job(
+            self._command(run, takes_turns=self.settings.take_turns),
+            self.output.log(run.name, self.settings.cluster.node_rank),
+            self._environment() | turns.environment(place),
+            alarm,
+            ended=lambda: turns.leave(place),
+        )
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of a run: what the user has set stays."""
@@ -202,6 +230,9 @@ class Sweep:
             Record(run.name, outcome.status, outcome.error, outcome.seconds, self._identity(run))
         )
 
+    def _place(self, run: Run) -> str:
+        return f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
+
     def _known(self, run: Run) -> str:
         result = self._result(run)
         text = f"{result.status}, {result.seconds or 0.0:.0f} s"
@@ -211,19 +242,18 @@ class Sweep:
             text += "" if loss is None else f", last loss {loss:.4f}"
         return f"{text}: {result.error}" if result.error else text
 
+    def _progress(self, run: Run, seconds: float) -> str:
+        entries = read_metrics(self.output.metrics(run.name))
+        text = f"{seconds:.0f} s, iteration {len(entries)} of {run.num_iterations}"
+        if entries:
+            last = entries[-1]
+            text += f", {last['milliseconds']:,.0f} ms"
+            text += "" if last["lm_loss"] is None else f", loss {last['lm_loss']:.4f}"
+        return text
+
     def _say(self, message: str) -> None:
         if self.nodes.is_first:
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-def _progress(metrics_file: Path, run: Run, seconds: float) -> str:
-    entries = read_metrics(metrics_file)
-    text = f"{seconds:.0f} s, iteration {len(entries)} of {run.num_iterations}"
-    if entries:
-        last = entries[-1]
-        text += f", {last['milliseconds']:,.0f} ms"
-        text += "" if last["lm_loss"] is None else f", loss {last['lm_loss']:.4f}"
-    return text
 
 
 def _free_port() -> int:
