@@ -1,4 +1,4 @@
-"""Times every action of a stage that has the machine to itself, whatever its place in a pipeline.
+"""Times and weighs every action of a stage that has the machine to itself, wherever its place is.
 
 Each action is what training runs: Megatron's layers under our executor, in an order that respects
 the KV carry. Only the neighbours are missing: what they would send is made up, what they would get
@@ -8,9 +8,9 @@ is thrown away.
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product, repeat
+from itertools import pairwise, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from gpt import forward_step, make_batch, make_config, make_part, token_cost, wr
 from megatron.adaptor.session import Session
 from megatron.adaptor.settings import Settings
 from megatron.adaptor.step import Step
-from seq1f1b.runtime import ActionClock
+from seq1f1b.runtime import ActionClock, ActivationMeter
 from seq1f1b.schedule import Action, Kind, Schedule, interleaved
-from seq1f1b.simulate import Costs
+from seq1f1b.simulate import Costs, Memory
 
 ROLES = ("first", "middle", "last")
 Parts = dict[tuple[Kind, int, int], float]
@@ -85,7 +85,23 @@ class _There:
 
 
 class _Alone(Step):
-    """A step of one stage with nobody around it."""
+    """A step of one stage with nobody around it; ``after`` is called after every F, B and I."""
+
+    after: Callable[[Action], None] | None = None
+
+    def forward(self, action: Action, *tensors: Any) -> Any:
+        """See Computation."""
+        output = super().forward(action, *tensors)
+        if self.after is not None:
+            self.after(action)
+        return output
+
+    def backward(self, action: Action, *tensors: Any) -> Any:
+        """See Computation."""
+        gradient = super().backward(action, *tensors)
+        if self.after is not None:
+            self.after(action)
+        return gradient
 
     def _transport(self, groups: Any) -> Any:
         return _Nowhere(self, self.config.hidden_size)
@@ -119,14 +135,20 @@ def _actions(shape: Schedule, stage: int, *, split: bool) -> Iterator[Action]:
 
 
 class Bench:
-    """The model parts of all roles, and what their actions took."""
+    """The model parts of all roles, and what their actions took.
 
-    def __init__(self, options: argparse.Namespace, session: Session) -> None:
+    options: of the model, ``rounds``, ``splits`` and ``chunks``. roles: which stages to look at.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, session: Session, roles: Sequence[str] = ROLES
+    ) -> None:
         self.options, self.session, self.batch = options, session, make_batch(options)
+        self.roles = roles
         torch.manual_seed(1)
         self.cuts = [
             Cut(v, s, balance)
-            for v in (1, 2)
+            for v in options.chunks
             for s in options.splits
             for balance in (("average", "uniform_comp") if s > 1 else ("average",))
         ]
@@ -134,14 +156,17 @@ class Bench:
             (cut.num_chunks, role): self._build(cut.num_chunks, role)
             for cut in self.cuts
             if cut.num_splits == options.splits[0]
-            for role in cut.roles
+            for role in self._roles(cut)
         }
         self.runs: dict[tuple[Cut, str, bool], list[Parts]] = {
             (cut, role, split): []
             for cut in self.cuts
-            for role in cut.roles
+            for role in self._roles(cut)
             for split in cut.halves
         }
+
+    def _roles(self, cut: Cut) -> list[str]:
+        return [role for role in cut.roles if role in self.roles]
 
     def _build(self, num_chunks: int, role: str) -> list[Any]:
         layers = self.options.layers // num_chunks
@@ -160,7 +185,7 @@ class Bench:
 
     def time_all(self) -> None:
         """Time every action of every cut, in turn, so that drift hits all of them."""
-        for role in ROLES:  # warms caches and allocators up
+        for role in self._roles(self.cuts[0]):  # warms caches and allocators up
             self._run(self.cuts[0], role, split=False)
         for _ in range(self.options.rounds):
             for (cut, role, split), runs in self.runs.items():
@@ -201,6 +226,51 @@ class Bench:
         middle = of.get("middle") or _between(of["first"], of["last"])
         return Costs((of["first"], *[middle] * (num_stages - 2), of["last"]))
 
+    def seconds(self, cut: Cut, role: str) -> float:
+        """Return how long a stage takes for all forwards and whole backwards of a micro-batch."""
+        times = self._fastest(cut, role)
+        return sum(time for (kind, *_), time in times.items() if kind in (Kind.F, Kind.B))
+
+    def memory(self, cut: Cut, role: str) -> Memory:
+        """Weigh what a model chunk of a stage holds for a micro-batch, in bytes.
+
+        That is what is allocated after an action and was not before: not what comes and goes
+        inside of it.
+        """
+        context = self.session.context
+        carries, on_cuda = context.carries, torch.empty(0).cuda().is_cuda
+        meter = ActivationMeter(
+            carries, context.weight_gradients, device="cuda" if on_cuda else "cpu"
+        )
+        chunks = self.chunks[cut.num_chunks, role]
+        constants = [
+            t for chunk in chunks for t in (*chunk.parameters(), *torch.nn.Module.buffers(chunk))
+        ]
+
+        def live() -> int:
+            if on_cuda:
+                return torch.cuda.memory_allocated() - carries.bytes_held
+            return meter.live_bytes
+
+        held, carried = list[int](), list[int]()
+
+        def weigh(action: Action) -> None:
+            if action.kind is Kind.F:
+                held.append(live())
+            carried.append(carries.bytes_in_use)
+
+        for _ in range(2):  # the first time fills the pool of the carry
+            held[:], carried[:] = [live()], [0]
+            with meter.measuring(constants):
+                self._run(cut, role, split=False, after=weigh)
+        grown = [after - before for before, after in pairwise(held)]
+        carry = carried[len(grown)]
+        return Memory(
+            tuple(sum(grown[j :: cut.num_splits]) / len(chunks) for j in range(cut.num_splits)),
+            carry=carry / len(chunks),
+            accumulator=(max(carried) - carry) / len(chunks),
+        )
+
     def _fastest(self, cut: Cut, role: str) -> Parts:
         """Return all times of the fastest run, since other work on the machine only ever adds.
 
@@ -212,7 +282,14 @@ class Bench:
         )
         return (halves[0] if halves else {}) | whole
 
-    def _run(self, cut: Cut, role: str, *, split: bool) -> Parts:
+    def _run(
+        self,
+        cut: Cut,
+        role: str,
+        *,
+        split: bool,
+        after: Callable[[Action], None] | None = None,
+    ) -> Parts:
         chunks = self.chunks[cut.num_chunks, role]
         settings = _Planned(
             num_splits=cut.num_splits,
@@ -235,7 +312,7 @@ class Bench:
             seq_length=self.options.length,
             micro_batch_size=1,
         )
-        step.stage = ROLES.index(role)
+        step.stage, step.after = ROLES.index(role), after
         clock = ActionClock()
         step.run({}, clock)
         return {

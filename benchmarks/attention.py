@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import save, sentence, setting
+from report import device_name, save, sentence, setting
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,7 +46,7 @@ def main() -> None:
         head=options.head_size,
         dtype=options.dtype,
         rounds=options.rounds,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        device=device_name(),
     )
     report = "\n".join([sentence(about), "", HEADER, *map(line, rows), ""])
     if options.output:

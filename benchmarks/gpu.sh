@@ -24,15 +24,26 @@ table benchmarks/attention.py --lengths 8192 16384 32768 65536 131072 \
 # A quarter of the heads for keys and values, as Llama 3 has.
 table benchmarks/attention.py --groups 8 --lengths 32768 --output "$results/attention-grouped"
 
-# A stage of a 7B model on 8 stages (4 layers), timed alone and replayed for 8 stages. Its column
-# "work" is what cutting costs the layers.
+# One layer of it, the same.
+table benchmarks/layer.py --lengths 8192 16384 32768 65536 131072 --hidden-size 4096 --heads 32 \
+    --dtype bfloat16 --output "$results/layer"
+
+# A stage of a 7B model on 8 stages (4 layers, in up to 4 model chunks), timed and weighed alone and
+# replayed for 8 stages.
 for length in 16384 32768 65536 131072; do
     table benchmarks/replay.py --layers 4 --hidden-size 4096 --heads 32 --vocab-size 32000 \
-        --length "$length" --dtype bfloat16 --shapes 8x8 8x16 --rounds 3 \
+        --length "$length" --dtype bfloat16 --shapes 8x8 8x16 --chunks 1 2 4 --rounds 3 \
         --output "$results/replay-$length"
 done
 
 # Real processes on the one device, and what the executor costs the host.
 table benchmarks/one_gpu.py --stages 2 4 --output "$results/one_gpu"
 table benchmarks/host.py --output "$results/host"
+
+# Pictures of what has been made.
+drawable=()
+for name in attention attention-grouped layer replay-16384 replay-32768 replay-65536 replay-131072; do
+    [ -f "$results/$name.json" ] && drawable+=("$results/$name.json")
+done
+((${#drawable[@]})) && table benchmarks/plots.py "${drawable[@]}" --output "$results/images"
 exit $failed

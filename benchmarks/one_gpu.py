@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import save, sentence, setting
+from report import device_name, save, sentence, setting
 
 from seq1f1b.schedule import interleaved, one_f_one_b, peak_live
 
@@ -94,7 +94,7 @@ def main() -> None:
         micro_batches=options.micro_batches,
         iterations=options.iterations,
         dtype=options.dtype,
-        device=torch.cuda.get_device_name() if has_gpu else "cpu",
+        device=device_name(),
     )
     lines = [
         f"| {row['stages']} | {row['splits']} | {row['worst_relative_loss_difference']:.1e} | "

@@ -28,12 +28,13 @@ session = megatron.adaptor.install()
 import torch.distributed as dist
 from alone import Bench, Cut
 from gpt import add_model_arguments, make_groups
-from report import save, sentence, setting
+from report import device_name, save, sentence, setting
 
 from seq1f1b.schedule import Kind, Schedule, interleaved, peak_live, zb_h1
-from seq1f1b.simulate import Costs, greedy, simulate
+from seq1f1b.simulate import Costs, greedy, peak_memory, simulate
 
 SHAPES = ["4x8", "4x16", "8x8", "8x16"]
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def table(bench: Bench, num_stages: int, m: int) -> list[dict[str, Any]]:
     plain = simulate(base.schedule, base.costs)
     for cut in bench.cuts:
         costs = bench.costs(cut, num_stages)
+        memory = bench.memory(cut, "first")
         for schedule in schedules(num_stages, m, cut, costs):
             result = simulate(schedule, costs)
             has_theory = schedule.name != "greedy"
@@ -133,6 +135,7 @@ def table(bench: Bench, num_stages: int, m: int) -> list[dict[str, Any]]:
                     "work_over_1f1b": sum(result.busy) / sum(plain.busy),
                     "peak_live_first_stage": peak_live(schedule)[0]
                     / (cut.num_splits * cut.num_chunks),
+                    "peak_bytes_first_stage": peak_memory(result, memory)[0],
                     **(distance(base, schedule, costs) if has_theory else {}),
                 }
             )
@@ -143,8 +146,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the fastest row of each schedule, and what uniform_comp gains over average."""
     fastest: dict[str, dict[str, Any]] = {}
     for row in rows:
-        name = f"{row['schedule']}, v={row['chunks']}" if row["schedule"] == "greedy" else ""
-        name = name or row["schedule"]
+        name = row["schedule"]
+        name += f", v={row['chunks']}" if name == "greedy" else ""
         if name not in fastest or row["speedup"] > fastest[name]["speedup"]:
             fastest[name] = row
     times = {
@@ -173,7 +176,9 @@ a kind take equally long, F = I = W, and cutting costs nothing. The next four co
 difference between the two: *halves*: F, I and W are not equal; *work*: what all computing takes
 together differs from 1F1B's (1F1B has 1.000 in *computing*); *cuts*: sub-sequences take unequal
 time; *stages*: the first has the embedding, the last the output layer, in 1F1B too. *live*: what
-the first stage holds at most, in micro-batches. Greedy has no theory.
+the first stage holds at most, in micro-batches. *MiB*: the same as activations and KV carry, each
+weighed once, over time in the simulator; what waits for a W beyond its I is not in it, nor is what
+comes and goes inside of an action. Greedy has no theory.
 """
 
 
@@ -186,8 +191,8 @@ def markdown(tables: list[list[dict[str, Any]]], header: str) -> str:
             f"### p = {rows[0]['stages']}, m = {rows[0]['micro_batches']}",
             "",
             "| schedule | v | s | balance | step s | speedup | theory | halves | work | cuts | "
-            "stages | bubble | computing | live |",
-            "|" + "---|" * 14,
+            "stages | bubble | computing | live | MiB |",
+            "|" + "---|" * 15,
         ]
         for row in rows:
             theory = _number(row.get("speedup_in_theory"), ".3f")
@@ -196,7 +201,8 @@ def markdown(tables: list[list[dict[str, Any]]], header: str) -> str:
                 f"| {row['schedule']} | {row['chunks']} | {row['splits']} | "
                 f"{row['balance'] or '-'} | {row['step_time']:.2f} | {row['speedup']:.3f} | "
                 f"{theory} | {steps} | {row['bubble_ratio']:.3f} | "
-                f"{row['work_over_1f1b']:.3f} | {row['peak_live_first_stage']:.2f} |"
+                f"{row['work_over_1f1b']:.3f} | {row['peak_live_first_stage']:.2f} | "
+                f"{row['peak_bytes_first_stage'] / MIB:.1f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -250,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser, layers=2, hidden=192)
     parser.add_argument("--splits", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2], help="the first is 1")
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument(
         "--shapes", nargs="+", default=SHAPES, help="stages x micro-batches, as in 8x16"
@@ -275,7 +282,7 @@ def main() -> None:
         vocabulary=options.vocab_size,
         tokens=options.length,
         dtype=options.dtype,
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        device=device_name(),
         rounds=bench.num_rounds,
     )
     report = markdown(tables, HEADER.format(setting=sentence(about), scatter=bench.scatter))

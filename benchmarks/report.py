@@ -1,5 +1,6 @@
 """Where and with what a benchmark ran, and how its result is stored."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -8,10 +9,23 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
+
+def device_name() -> str:
+    """Return the GPU's name, or cpu."""
+    has_gpu = torch.empty(0).cuda().is_cuda if torch.cuda.is_available() else False
+    return torch.cuda.get_device_name() if has_gpu else "cpu"
+
 
 def setting(**others: Any) -> dict[str, Any]:
     """Return versions, machine and date, after what the caller adds."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+    for name in ("flash-attn", "transformer-engine"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    if device_name() != "cpu":
+        versions["cuda"] = torch.version.cuda
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     return {**others, **versions, **machine, "date": str(datetime.date.today())}
 

@@ -10,14 +10,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def rows_of(tmp_path, script, *arguments):
-    output = tmp_path / "result"
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments), "--output", output],
+def run_script(script, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def draw(table, folder):
+    run = run_script("plots.py", table, "--output", folder)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder / f"{table.stem}.png"
+
+
+def rows_of(tmp_path, script, *arguments):
+    output = tmp_path / "result"
+    run = run_script(script, *arguments, "--output", output)
     assert run.returncode == 0, run.stderr[-3000:]
     document = json.loads(output.with_suffix(".json").read_text())
     assert document["setting"]["date"]
@@ -33,6 +43,44 @@ def test_attention(tmp_path):
     rows = rows_of(tmp_path, "attention.py", *sizes, "--lengths", 64, 96, "--splits", 1, 3)
     assert [(row["length"], row["splits"]) for row in rows] == [(64, 1), (64, 3), (96, 1), (96, 3)]
     assert all(row["kernel"] == "cpu-flash" and row["over_whole"] > 0 for row in rows)
+
+
+def test_layer(tmp_path):
+    sizes = ("--hidden-size", 32, "--lengths", 64, 96, "--splits", 1, 3, "--rounds", 2)
+    rows = rows_of(tmp_path, "layer.py", *sizes)
+    cuts = [(row["length"], row["splits"]) for row in rows]
+    assert cuts == [(64, 1), (64, 3), (64, 3), (96, 1), (96, 3), (96, 3)]
+    assert all(row["over_whole"] > 0 for row in rows)
+    # Beside the carry, which takes the place of keys and values, a cut layer keeps the same.
+    assert all(0.8 < row["bytes_over_whole"] < 1.2 for row in rows)
+    (tmp_path / "images").mkdir()
+    assert draw(tmp_path / "result.json", tmp_path / "images").stat().st_size > 1000
+
+
+def test_replay(tmp_path):
+    sizes = ("--layers", 4, "--hidden-size", 32, "--length", 64, "--chunks", 1, 2, 4)
+    run = run_script("replay.py", *sizes, "--splits", 1, 4, "--rounds", 2, "--shapes", "4x8",
+                     "--output", tmp_path / "result")  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    bytes_of = {
+        (row["schedule"], row["chunks"], row["balance"]): row["peak_bytes_first_stage"]
+        for row in rows
+    }
+    whole = bytes_of["1f1b", 1, None]
+    # (s + p - 1) / (s p) = 0.44 of the activations, and the KV carry
+    assert 0.4 < bytes_of["seq1f1b", 1, "average"] / whole < 0.55
+    assert bytes_of["1f1b-interleaved", 4, None] > whole
+    assert {row["chunks"] for row in rows} == {1, 2, 4}
+    assert draw(tmp_path / "result.json", tmp_path).stat().st_size > 1000
+
+
+def test_a_table_that_cannot_be_drawn(tmp_path):
+    table = tmp_path / "host.json"
+    table.write_text(json.dumps({"setting": {}, "rows": [{"us_per_action": 5.0}]}))
+    run = run_script("plots.py", table, "--output", tmp_path)
+    assert run.returncode == 2
+    assert "host.json: of neither attention.py, layer.py nor replay.py" in run.stderr
 
 
 def test_host(tmp_path):

@@ -1,0 +1,73 @@
+"""How often keys, values and their gradients pass through memory beside the kernel."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seq1f1b.attention import CarryPool
+from seq1f1b.attention.prefix_causal import backward_with_carry, forward_with_carry
+from seq1f1b.sequence import sub_sequences
+
+FIRST, MIDDLE, LAST = sub_sequences((6, 5, 4))
+BATCH, HEADS, DIM = 2, 3, 4
+
+
+class Passes(TorchDispatchMode):
+    """Notes every operation that is not a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Nothing:
+    """A kernel that costs nothing: it hands out what was made before."""
+
+    name = "nothing"
+
+    def __init__(self, dtype):
+        self.made = torch.ones(15, BATCH, HEADS, DIM, dtype=dtype)
+
+    def supports(self, query, key, value):
+        return True
+
+    def forward(self, query, key, value, scale):
+        return query, query
+
+    def backward(self, grad_output, query, key, value, output, lse, scale, prefix_gradients):
+        rows = slice(0, query.shape[0])
+        return grad_output, self.made[rows], self.made[rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_each(dtype):
+    kernel, pool = Nothing(dtype), CarryPool()
+    parts = {
+        part: torch.ones(part.length, BATCH, HEADS, DIM, dtype=dtype)
+        for part in (FIRST, MIDDLE, LAST)
+    }
+    carry = pool.carry(0, "layer", 15, parts[FIRST], parts[FIRST])
+
+    def passes(call, part, *others):
+        x = parts[part]
+        with Passes() as seen:
+            call(x, x, x, *others, carry, part, 1.0, kernel)
+        return seen.names
+
+    def forward(query, key, value, *rest):
+        return forward_with_carry(query, key, value, *rest)
+
+    def backward(gradient, query, output, *rest):
+        return backward_with_carry(gradient, query, output, output, *rest)
+
+    for part in parts:
+        assert passes(forward, part) == ["aten.copy_.default"] * 2
+    # The last makes the accumulators; the others add what it left to their own.
+    assert passes(backward, LAST).count("aten.zero_.default") == 2
+    for part in (MIDDLE, FIRST):
+        assert passes(backward, part) == ["aten.add.out"] * 2
