@@ -459,7 +459,7 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
 @pytest.mark.parametrize(
     "name,value,message",
     [
-        ("MODEL_SIZES", "tiny 8b", "'8b' is not one of tiny, 1.3b, 2.7b, 7b, 13b, 30b"),
+        ("MODEL_SIZES", "tiny 8b", "'8b' is not one of tiny, tiny-deep, 1.3b, 2.7b, 7b, 13b, 30b"),
         ("SEQ_LENGTHS", "4k", "'4k' is not a whole number from 1 up"),
         ("MICRO_BATCHES", "0", "'0' is not a whole number from 1 up"),
         ("SPLITS", "-1", "'-1' is not a whole number from 1 up"),
@@ -469,7 +469,7 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
         ("TP", "two", "'two' is not a whole number from 1 up"),
         ("PP", "0", "'0' is not a whole number from 1 up"),
         ("TRAIN_ITERS", "1 2 3", "give one number, or 2 of them, one for each of MICRO_BATCHES"),
-        ("WARMUP_ITERS", "8", r"must be below TRAIN_ITERS (8)"),
+        ("WARMUP_ITERS", "10", r"must be below TRAIN_ITERS (10)"),
         ("DATASET", "c4", "'c4' is not one of stdlib, codeparrot"),
         ("VOCAB_SIZE", "100", "'100' is not a whole number from 257 up"),
         ("CORPUS_MB", "inf", "'inf' is not a number above 0"),
@@ -560,7 +560,7 @@ def reasons(num_gpus: int = 0, **variables: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "num_gpus,variables,reason",
     [
-        (0, {"PP": "3"}, "4 layers cannot be dealt to PP 3 x VPP 1 evenly"),
+        (0, {"PP": "3"}, "2 layers cannot be dealt to PP 3 x VPP 1 evenly"),
         (0, {"TP": "3"}, "2 attention heads are not divisible by TP 3"),
         (0, {"PP": "1", "VPP_SIZES": "2"}, "VPP 2 needs PP 2 or more"),
         (0, {"NNODES": "4", "MASTER_ADDR": "a"}, "2 processes cannot be dealt to 4 nodes evenly"),
@@ -572,7 +572,7 @@ def test_impossible_parallelism_is_skipped(num_gpus, variables, reason):
 
 
 def test_megatrons_interleaved_loop_needs_whole_rounds_of_micro_batches():
-    found = reasons(MICRO_BATCHES="3", VPP_SIZES="1 2")
+    found = reasons(MODEL_SIZES="tiny-deep", MICRO_BATCHES="3", VPP_SIZES="1 2")
     assert found["1f1b"] == ""
     assert "multiples of PP 2" in found["1f1b-interleaved-v2"]
 

@@ -24,13 +24,15 @@ class ModelShape:
         )
 
 
-# tiny suits two cores without a GPU: two layers, or two model chunks, for each of two stages, wide
-# enough that computing outweighs calling, with a vocabulary (see VOCAB_SIZE) so small that the
-# output layer hardly adds to the last stage. The others are the shapes of the authors' scripts.
+# tiny suits two cores without a GPU: a layer for each of two stages, wide enough that computing
+# outweighs calling, with a vocabulary (see VOCAB_SIZE) so small that the output layer hardly adds
+# to the last stage. tiny-deep has layers enough for two model chunks a stage. The others are the
+# shapes of the authors' scripts.
 MODELS = {
     shape.name: shape
     for shape in (
-        ModelShape("tiny", 4, 160, 2),
+        ModelShape("tiny", 2, 256, 2),
+        ModelShape("tiny-deep", 4, 128, 2),
         ModelShape("1.3b", 24, 2048, 16),
         ModelShape("2.7b", 32, 2560, 32),
         ModelShape("7b", 32, 4096, 32),
