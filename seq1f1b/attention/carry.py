@@ -35,16 +35,18 @@ class LayerCarry:
         self.keys[part.start : part.stop].copy_(keys.detach())
         self.values[part.start : part.stop].copy_(values.detach())
 
-    def gradients_before(self, part: SubSequence) -> tuple[Tensor, Tensor]:
-        """Return the accumulators of all tokens before ``part``, to be added to in place.
+    def add_before(self, part: SubSequence, keys: Tensor, values: Tensor) -> None:
+        """Add the gradients that ``part`` has for all tokens before it, in one pass each.
 
-        They are at least float32 and are made by the last sub-sequence's backward, the first to
-        come, as long as the prefix that it attends to.
+        The accumulators are at least float32. They come with the last sub-sequence's backward, the
+        first to come, and are as long as the prefix that it attends to.
         """
         if self._key_gradients is None or self._value_gradients is None:
-            self._key_gradients = self._accumulator(self.keys, part.start)
-            self._value_gradients = self._accumulator(self.values, part.start)
-        return self._key_gradients[: part.start], self._value_gradients[: part.start]
+            self._key_gradients = self._accumulator(self.keys, part.start).copy_(keys)
+            self._value_gradients = self._accumulator(self.values, part.start).copy_(values)
+        else:
+            self._key_gradients[: part.start].add_(keys)
+            self._value_gradients[: part.start].add_(values)
 
     def gradients_of(self, part: SubSequence) -> tuple[Tensor, Tensor] | None:
         """Return what later sub-sequences added for the tokens of ``part``; None for the last."""
@@ -62,7 +64,7 @@ class LayerCarry:
 
     def _accumulator(self, like: Tensor, num_tokens: int) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return self._pool.take((num_tokens, *like.shape[1:]), dtype, like.device).zero_()
+        return self._pool.take((num_tokens, *like.shape[1:]), dtype, like.device)
 
 
 class CarryPool:

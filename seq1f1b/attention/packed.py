@@ -188,4 +188,5 @@ def _backward_whole(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(lengths) > 1 and isinstance(kernel, PackedKernel):
         return kernel.backward_packed(grad, q, k, v, out, log_sum_exp, lengths, scale)
-    return kernel.backward(grad, q, k, v, out, log_sum_exp, scale, None)
+    gradients = kernel.backward(grad, q, k, v, out, log_sum_exp, scale)
+    return gradients.query, gradients.key, gradients.value

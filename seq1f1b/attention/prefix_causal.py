@@ -68,7 +68,7 @@ def backward_with_carry(
 
     Gradients of the prefix are added to its accumulators.
     """
-    grad_query, grad_key, grad_value = kernel.backward(
+    gradients = kernel.backward(
         grad_output,
         query,
         carry.keys[: part.stop],
@@ -76,14 +76,15 @@ def backward_with_carry(
         output,
         log_sum_exp,
         scale,
-        carry.gradients_before(part) if part.start else None,
     )
+    if gradients.before is not None:
+        carry.add_before(part, *gradients.before)
     from_later = carry.gradients_of(part)
     if from_later is not None:
         # One pass each: added in the accumulator's precision, rounded into the gradient itself.
-        torch.add(from_later[0], grad_key, out=grad_key)
-        torch.add(from_later[1], grad_value, out=grad_value)
-    return grad_query, grad_key, grad_value
+        torch.add(from_later[0], gradients.key, out=gradients.key)
+        torch.add(from_later[1], gradients.value, out=gradients.value)
+    return gradients.query, gradients.key, gradients.value
 
 
 class _PrefixCausal(torch.autograd.Function):
@@ -139,6 +140,6 @@ class _WholeCausal(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         query, key, value, output, log_sum_exp = ctx.saved_tensors
         grads = ctx.kernel.backward(
-            grad_output.contiguous(), query, key, value, output, log_sum_exp, ctx.scale, None
+            grad_output.contiguous(), query, key, value, output, log_sum_exp, ctx.scale
         )
-        return *grads, None, None
+        return grads.query, grads.key, grads.value, None, None

@@ -6,7 +6,7 @@ from seq1f1b.attention.kernels.bottom_right import BottomRight
 from seq1f1b.attention.kernels.cpu_flash import CpuFlash
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
-from seq1f1b.attention.kernels.interface import Kernel, PackedKernel
+from seq1f1b.attention.kernels.interface import Gradients, Kernel, PackedKernel
 from seq1f1b.attention.kernels.padded import Padded
 from seq1f1b.attention.kernels.reference import Reference
 from seq1f1b.attention.kernels.torch_flash import TorchFlash
@@ -44,4 +44,4 @@ def is_available(name: str) -> bool:
     return kernel.available() if isinstance(kernel, BottomRight) else True
 
 
-__all__ = ["KERNELS", "Kernel", "PackedKernel", "choose_kernel", "is_available"]
+__all__ = ["KERNELS", "Gradients", "Kernel", "PackedKernel", "choose_kernel", "is_available"]

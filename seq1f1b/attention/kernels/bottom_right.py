@@ -11,6 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from seq1f1b.attention.kernels.interface import Gradients
+
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
 AMPERE = 8
@@ -80,17 +82,14 @@ class BottomRight(ABC):
         output: Tensor,
         log_sum_exp: Tensor,
         scale: float,
-        prefix_gradients: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         """See Kernel."""
         grad, q, k, v, out = (x.transpose(0, 1) for x in (grad_output, query, key, value, output))
         grads = self.run_backward(grad, q, k, v, out, log_sum_exp, scale, None, 0)
         grad_query, grad_key, grad_value = (x.transpose(0, 1) for x in grads)
         prefix = key.shape[0] - query.shape[0]
-        if prefix_gradients is not None:
-            prefix_gradients[0].add_(grad_key[:prefix])
-            prefix_gradients[1].add_(grad_value[:prefix])
-        return grad_query, grad_key[prefix:], grad_value[prefix:]
+        before = (grad_key[:prefix], grad_value[:prefix]) if prefix else None
+        return Gradients(grad_query, grad_key[prefix:], grad_value[prefix:], before)
 
     def forward_packed(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float

@@ -9,6 +9,8 @@ merged output and log-sum-exp, which makes its gradients those of the whole soft
 import torch
 from torch import Tensor
 
+from seq1f1b.attention.kernels.interface import Gradients
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _NO_DROPOUT = 0.0
@@ -54,8 +56,7 @@ class CpuFlash:
         output: Tensor,
         log_sum_exp: Tensor,
         scale: float,
-        prefix_gradients: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         """See Kernel."""
         kv_heads = key.shape[2]
         prefix = key.shape[0] - query.shape[0]
@@ -74,12 +75,17 @@ class CpuFlash:
             return grad_query, _fold_back(grad_key, kv_heads), _fold_back(grad_value, kv_heads)
 
         grad_query, grad_key, grad_value = backward(prefix, key.shape[0], True)
-        if prefix_gradients is not None:
+        before = None
+        if prefix:
             before_query, before_key, before_value = backward(0, prefix, False)
             grad_query += before_query
-            prefix_gradients[0].add_(before_key)
-            prefix_gradients[1].add_(before_value)
-        return _unfold(grad_query, kv_heads).to(dtype), grad_key.to(dtype), grad_value.to(dtype)
+            before = before_key, before_value
+        return Gradients(
+            _unfold(grad_query, kv_heads).to(dtype),
+            grad_key.to(dtype),
+            grad_value.to(dtype),
+            before,
+        )
 
 
 def _exact(*tensors: Tensor) -> list[Tensor]:

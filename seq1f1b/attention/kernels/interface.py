@@ -1,8 +1,22 @@
 """What an attention kernel offers."""
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the query, of the last n keys and values, and of the first c keys and values if any.
+
+    Those of the first c may have any type: they are added up in at least float32.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    before: tuple[Tensor, Tensor] | None
 
 
 class Kernel(Protocol):
@@ -37,13 +51,8 @@ class Kernel(Protocol):
         output: Tensor,
         log_sum_exp: Tensor,
         scale: float,
-        prefix_gradients: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of the query and of the last n keys and values.
-
-        Gradients of the first c keys and values are added to ``prefix_gradients``, two tensors of
-        c rows (None if c is 0).
-        """
+    ) -> Gradients:
+        """Return the gradients."""
         ...
 
 

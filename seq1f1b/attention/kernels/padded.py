@@ -7,7 +7,7 @@ output's columns beyond the values' are then zero, and so are their gradients.
 from torch import Tensor
 from torch.nn.functional import pad
 
-from seq1f1b.attention.kernels.interface import Kernel
+from seq1f1b.attention.kernels.interface import Gradients, Kernel
 
 
 class Padded:
@@ -38,15 +38,10 @@ class Padded:
         output: Tensor,
         log_sum_exp: Tensor,
         scale: float,
-        prefix_gradients: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         """See Kernel."""
         width = value.shape[-1]
-        wide = None
-        if prefix_gradients is not None:
-            key_gradients, value_gradients = prefix_gradients
-            wide = key_gradients, value_gradients.new_zeros(key_gradients.shape)
-        grad_query, grad_key, grad_value = self._kernel.backward(
+        wide = self._kernel.backward(
             _widen(grad_output, key),
             query,
             key,
@@ -54,11 +49,9 @@ class Padded:
             _widen(output, key),
             log_sum_exp,
             scale,
-            wide,
         )
-        if prefix_gradients is not None and wide is not None:
-            prefix_gradients[1].add_(wide[1][..., :width])
-        return grad_query, grad_key, grad_value[..., :width]
+        before = wide.before and (wide.before[0], wide.before[1][..., :width])
+        return Gradients(wide.query, wide.key, wide.value[..., :width], before)
 
 
 def _widen(values: Tensor, key: Tensor) -> Tensor:

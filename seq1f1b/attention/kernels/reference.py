@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from seq1f1b.attention.kernels.interface import Gradients
+
 
 class Reference:
     """Builds the n x (c + n) matrix of scores."""
@@ -32,8 +34,7 @@ class Reference:
         output: Tensor,
         log_sum_exp: Tensor,
         scale: float,
-        prefix_gradients: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         """See Kernel."""
         weights = (_scores(query, key, scale) - log_sum_exp[..., None]).exp()
         dtype, kv_heads = weights.dtype, key.shape[2]
@@ -46,13 +47,11 @@ class Reference:
         grad_key = torch.einsum("bkgij,ibkgd->jbkd", grad_scores, grouped)
         grad_value = torch.einsum("bkgij,ibkgd->jbkd", weights, grad)
         prefix = key.shape[0] - query.shape[0]
-        if prefix_gradients is not None:
-            prefix_gradients[0].add_(grad_key[:prefix])
-            prefix_gradients[1].add_(grad_value[:prefix])
-        return (
+        return Gradients(
             grad_query.to(query.dtype),
             grad_key[prefix:].to(key.dtype),
             grad_value[prefix:].to(value.dtype),
+            (grad_key[:prefix], grad_value[:prefix]) if prefix else None,
         )
 
 
