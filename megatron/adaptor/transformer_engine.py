@@ -56,6 +56,7 @@ class DelayedWeightGradients:
         """Whether any layer puts weight gradients off."""
         return bool(self._layers)
 
+    @torch.no_grad()
     def compute_next(self) -> None:
         """Add the oldest gradient that waits in each layer to the gradient buffers."""
         for layer, store in self._layers:
