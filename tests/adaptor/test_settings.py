@@ -1,12 +1,11 @@
 """Flags that cannot work end the program before any process group is made, all of them listed."""
 
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import ask
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +28,7 @@ for argv in json.loads(sys.stdin.read()):
         answers.append(["ok", settings.num_splits, lengths])
     except SystemExit as error:
         answers.append(["exit", str(error.code), torch.distributed.is_initialized()])
-print("ANSWERS" + json.dumps(answers))
+print("ANSWER" + json.dumps(answers))
 """
 
 _BASE = shlex.split(
@@ -231,20 +230,9 @@ ACCEPTED = {
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list]:
     """Answers to all command lines, from one process on rank 0 of 4."""
-    import json
-
     lines = {name: _BASE + flags for name, (flags, *_) in (REFUSED | ACCEPTED).items()}
-    run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        input=json.dumps(list(lines.values())),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "4"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = next(line for line in run.stdout.splitlines() if line.startswith("ANSWERS"))
-    return dict(zip(lines, json.loads(found.removeprefix("ANSWERS")), strict=True))
+    found = ask(_PROGRAM, list(lines.values()), RANK="0", WORLD_SIZE="4")
+    return dict(zip(lines, found, strict=True))
 
 
 @pytest.mark.parametrize("name", REFUSED)

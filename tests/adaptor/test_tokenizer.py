@@ -1,11 +1,8 @@
 """GPT2BPETokenizer from its two files, with no network."""
 
-import json
-import os
-import subprocess
-import sys
-
 from tokenizers import ByteLevelBPETokenizer
+
+from tests.programs import ask
 
 TEXT = "def cut(sequence, splits):\n    return [sequence[i::splits] for i in range(splits)]\n"
 
@@ -29,17 +26,7 @@ def test_ids_are_those_of_the_files(tmp_path):
     bpe.train_from_iterator([TEXT] * 3, vocab_size=300, special_tokens=["<|endoftext|>"])
     bpe.save_model(str(tmp_path))
     files = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")]
-    run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        input=json.dumps([*files, TEXT]),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = next(line for line in run.stdout.splitlines() if line.startswith("ANSWER"))
-    size, eod, ids = json.loads(found.removeprefix("ANSWER"))
+    size, eod, ids = ask(_PROGRAM, [*files, TEXT], HF_HUB_OFFLINE="1")
     assert size == bpe.get_vocab_size()
     assert eod == bpe.token_to_id("<|endoftext|>")
     assert ids == bpe.encode(TEXT).ids

@@ -1,11 +1,8 @@
 """What changes with transformer-engine's layers, seen without the package: flags and lengths."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.programs import ask
 
 # The command line is one that runs anywhere; what needs the package is set on its arguments.
 _PROGRAM = """
@@ -30,7 +27,7 @@ for name, (flags, values) in json.loads(sys.stdin.read()).items():
         "always_adds": config.disable_parameter_transpose_cache,
         "delays": config.delay_wgrad_compute,
     }
-print("ANSWERS" + json.dumps(answers))
+print("ANSWER" + json.dumps(answers))
 """
 _BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 1152 "
@@ -61,17 +58,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def answers():
     lines = {name: (_BASE + flags, values) for name, (flags, values) in CASES.items()}
-    run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "4"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = next(line for line in run.stdout.splitlines() if line.startswith("ANSWERS"))
-    return json.loads(found.removeprefix("ANSWERS"))
+    return ask(_PROGRAM, lines, RANK="0", WORLD_SIZE="4")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,7 @@ one step whose gradients are compared with a single process. To write the page a
 WRITE_COMPATIBILITY=1 pytest tests/distributed/test_matrix.py
 """
 
-import json
 import os
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 from tests.distributed.compatibility import Pair, page
 from tests.distributed.matrix import MATRIX, Row, case_of, flags_of
 from tests.distributed.megatron_model import worst_gradient_error
+from tests.programs import ask
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -52,7 +50,7 @@ for alternatives in json.loads(sys.stdin.read()):
             if whys[-1] is None:
                 break
         answers.append(None if None in whys else whys[0])
-print("ANSWERS" + json.dumps(answers))
+print("ANSWER" + json.dumps(answers))
 """
 _PLAINEST = {key: next(iter(options)) for key, options in MATRIX.items()}
 
@@ -84,17 +82,7 @@ def refusals() -> dict[Pair, str | None]:
     """What the command line says to each pair: why not, or None."""
     pairs = every_pair()
     asked = [[(case_of(row).num_ranks, flags_of(row)) for row in rows_with(pair)] for pair in pairs]
-    run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RANK": "0"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = next(line for line in run.stdout.splitlines() if line.startswith("ANSWERS"))
-    return dict(zip(pairs, json.loads(found.removeprefix("ANSWERS")), strict=True))
+    return dict(zip(pairs, ask(_PROGRAM, asked, RANK="0"), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 """Runs that take turns: one at a time, in order, however some of them end."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tools.sweep.command import TURNS_SCRIPT
 from tools.sweep.metrics import read_metrics
 from tools.sweep.take_turns import Turn
 from tools.sweep.turns import Turns
-
-ROOT = Path(__file__).parents[2]
 
 
 class Run(threading.Thread):
@@ -70,25 +66,11 @@ def test_one_run_has_every_turn():
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_training_waits_for_its_turn(tmp_path):
+def test_training_waits_for_its_turn(tmp_path, monkeypatch):
     metrics = tmp_path / "metrics.jsonl"
-    arguments = (
-        "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 32 --vocab-size 64 "
-        "--max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 3 "
-        "--pipeline-model-parallel-size 2 --seq1f1b-splits 2 --attention-dropout 0 --lr 1e-4 "
-        "--mock-data --tokenizer-type NullTokenizer --eval-iters 1 --eval-interval 9 "
-        f"--seq1f1b-metrics-file {metrics}"
-    )
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    scripts = [ROOT / "tools/sweep/take_turns.py", ROOT / "pretrain_gpt.py"]
     with Turns(2) as turns:
-        process = subprocess.Popen(
-            [sys.executable, *torchrun.split(), *map(str, scripts), *arguments.split()],
-            env={**os.environ, **turns.environment(0)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        for name, value in turns.environment(0).items():
+            monkeypatch.setenv(name, value)
         counted = []
 
         def count():
@@ -99,6 +81,10 @@ def test_training_waits_for_its_turn(tmp_path):
             turns.leave(1)
 
         threading.Thread(target=count, daemon=True).start()
-        text, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, text
+        run = torchrun(
+            2, TURNS_SCRIPT, SCRIPTS / "plain_gpt.py", *ARGUMENTS, "--train-iters", 3,
+            "--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 2,
+            "--seq1f1b-metrics-file", metrics,
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
     assert (counted, len(read_metrics(metrics))) == ([1, 2], 3)
