@@ -7,6 +7,7 @@ is thrown away.
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt import forward_step, make_batch, make_config, make_part, token_cost, wrap
+import torch.distributed as dist
+from gpt import forward_step, make_batch, make_config, make_groups, make_part, token_cost, wrap
+from report import device_name
 
 from megatron.adaptor.session import Session
 from megatron.adaptor.settings import Settings
@@ -87,24 +90,30 @@ class _There:
 class _Alone(Step):
     """A step of one stage with nobody around it; ``after`` is called after every F, B and I."""
 
-    after: Callable[[Action], None] | None = None
+    after: Callable[[Action], None]
 
     def forward(self, action: Action, *tensors: Any) -> Any:
         """See Computation."""
         output = super().forward(action, *tensors)
-        if self.after is not None:
-            self.after(action)
+        self.after(action)
         return output
 
     def backward(self, action: Action, *tensors: Any) -> Any:
         """See Computation."""
         gradient = super().backward(action, *tensors)
-        if self.after is not None:
-            self.after(action)
+        self.after(action)
         return gradient
 
     def _transport(self, groups: Any) -> Any:
         return _Nowhere(self, self.config.hidden_size)
+
+
+def be_alone() -> None:
+    """Take one core and one thread for this process, and Megatron's groups of one rank."""
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {0})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    make_groups()
 
 
 def plan(cut: Cut, *, split: bool) -> Schedule:
@@ -238,7 +247,7 @@ class Bench:
         inside of it.
         """
         context = self.session.context
-        carries, on_cuda = context.carries, torch.empty(0).cuda().is_cuda
+        carries, on_cuda = context.carries, device_name() != "cpu"
         meter = ActivationMeter(
             carries, context.weight_gradients, device="cuda" if on_cuda else "cpu"
         )
@@ -288,7 +297,7 @@ class Bench:
         role: str,
         *,
         split: bool,
-        after: Callable[[Action], None] | None = None,
+        after: Callable[[Action], None] = lambda action: None,
     ) -> Parts:
         chunks = self.chunks[cut.num_chunks, role]
         settings = _Planned(

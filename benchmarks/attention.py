@@ -46,7 +46,7 @@ def main() -> None:
         head=options.head_size,
         dtype=options.dtype,
         rounds=options.rounds,
-        device=device_name(),
+        device=device_name() if device.type == "cuda" else "cpu",
     )
     report = "\n".join([sentence(about), "", HEADER, *map(line, rows), ""])
     if options.output:

@@ -41,9 +41,7 @@ table benchmarks/one_gpu.py --stages 2 4 --output "$results/one_gpu"
 table benchmarks/host.py --output "$results/host"
 
 # Pictures of what has been made.
-drawable=()
-for name in attention attention-grouped layer replay-16384 replay-32768 replay-65536 replay-131072; do
-    [ -f "$results/$name.json" ] && drawable+=("$results/$name.json")
-done
+shopt -s nullglob
+drawable=("$results"/attention*.json "$results"/layer*.json "$results"/replay-*.json)
 ((${#drawable[@]})) && table benchmarks/plots.py "${drawable[@]}" --output "$results/images"
 exit $failed

@@ -10,19 +10,16 @@ KV carry and the gradients of keys and values in it.
 # ruff: noqa: E402
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import megatron.adaptor
 
 session = megatron.adaptor.install()
 
 import torch.distributed as dist
-from alone import Bench
-from gpt import add_model_arguments, make_groups
+from alone import Bench, be_alone
+from gpt import add_model_arguments
 from report import device_name, save, sentence, setting
 
 MIB = 2**20
@@ -74,10 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {0})
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    make_groups()
+    be_alone()
     rows = []
     for length in options.lengths:
         measured = measure(options, length)

@@ -12,22 +12,19 @@ no time.
 # ruff: noqa: E402
 
 import argparse
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import megatron.adaptor
 
 session = megatron.adaptor.install()
 
 import torch.distributed as dist
-from alone import Bench, Cut
-from gpt import add_model_arguments, make_groups
+from alone import Bench, Cut, be_alone
+from gpt import add_model_arguments
 from report import device_name, save, sentence, setting
 
 from seq1f1b.schedule import Kind, Schedule, interleaved, peak_live, zb_h1
@@ -266,10 +263,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {0})
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    make_groups()
+    be_alone()
     bench = Bench(options, session)
     bench.time_all()
     if options.pool:
