@@ -85,7 +85,10 @@ class Step:
             num_shares=self.groups.cp.size(),
         )
         self.gradient_sync = _GradientSync(self)
-        self.delayed = [DelayedWeightGradients(chunk) for chunk in self.chunks]
+        self.delayed = [
+            DelayedWeightGradients(chunk.modules() if settings.splits_backwards else ())
+            for chunk in self.chunks
+        ]
 
     def run(self, groups: Mapping[Channel, Any], clock: ActionClock) -> list[Any]:
         """Run the step and return one report per micro-batch (on the last stage)."""

@@ -1,6 +1,6 @@
 """What lets the gradients of transformer-engine's layers add up over sub-sequences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,14 @@ def configuring(
 
 
 class DelayedWeightGradients:
-    """The weight gradients that one model chunk's layers have put off, oldest first.
+    """The weight gradients that the ``modules`` of one model chunk have put off, oldest first.
 
     Layers do not say which sub-sequence a gradient is of: as each W computes one per layer, and
     sums do not depend on the order, all are computed when the last W is.
     """
 
-    def __init__(self, chunk: torch.nn.Module) -> None:
-        stores = ((module, getattr(module, "wgrad_store", None)) for module in chunk.modules())
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        stores = ((module, getattr(module, "wgrad_store", None)) for module in modules)
         self._layers: Sequence[tuple[Any, Any]] = [
             (module, store)
             for module, store in stores

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -135,14 +136,14 @@ class Sweep:
     def _identity(self, run: Run) -> str:
         return identity(run, self.script, self._arguments(run), self.settings.cluster)
 
-    def _command(self, run: Run, *, takes_turns: bool) -> list[str]:
+    def _command(self, run: Run) -> list[str]:
         cluster = self.settings.cluster
         several = cluster.num_nodes > 1
         port = cluster.master_port + 1 if several else _free_port()
         if self.launcher is not None:
             before = self.launcher(run, port)
         else:
-            pinned = not self.settings.has_gpu
+            pinned, takes_turns = not self.settings.has_gpu, self.settings.take_turns
             before = launcher(run, cluster, port, pinned=pinned, takes_turns=takes_turns)
         return [*before, str(self.script), *self._arguments(run)]
 
@@ -184,8 +185,10 @@ class Sweep:
 
         timeout = self.settings.run_timeout * len(runs)
         try:
-            with Turns(len(runs)) as turns:
-                jobs = [self._job(run, turns, place) for place, run in enumerate(runs)]
+            with Turns(len(runs)) if self.settings.take_turns else nullcontext() as turns:
+                jobs = [self._job(run) for run in runs]
+                if turns is not None:
+                    jobs = [_in_turn(job, turns, place) for place, job in enumerate(jobs)]
                 outcomes = launch(jobs, timeout, tick)
         except KeyboardInterrupt:
             for run in runs:
@@ -196,17 +199,16 @@ class Sweep:
                 self.nodes.raise_alarm(run.name, outcome.error)
         return outcomes
 
-    def _job(self, run: Run, turns: Turns, place: int) -> Job:
+    def _job(self, run: Run) -> Job:
         def alarm() -> str | None:
             raised = self.nodes.alarm(run.name)
             return None if raised is None else f"{_STOPPED_ELSEWHERE}: {raised}"
 
         return Job(
-            self._command(run, takes_turns=self.settings.take_turns),
+            self._command(run),
             self.output.log(run.name, self.settings.cluster.node_rank),
-            self._environment() | turns.environment(place),
+            self._environment(),
             alarm,
-            ended=lambda: turns.leave(place),
         )
 
     def _environment(self) -> dict[str, str]:
@@ -254,6 +256,11 @@ class Sweep:
     def _say(self, message: str) -> None:
         if self.nodes.is_first:
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _in_turn(job: Job, turns: Turns, place: int) -> Job:
+    environment = {**job.environment, **turns.environment(place)}
+    return replace(job, environment=environment, ended=lambda: turns.leave(place))
 
 
 def _free_port() -> int:

@@ -33,14 +33,13 @@ def in_turn(train_step: Callable[..., Any]) -> Callable[..., Any]:
     """Return Megatron's ``train_step``, which starts on all ranks when it is this run's turn."""
     import torch
 
-    turns: list[Turn] = []
+    turn = Turn(os.environ) if os.environ["RANK"] == "0" else None
 
     @functools.wraps(train_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         torch.distributed.barrier()  # all have ended the step before
-        if torch.distributed.get_rank() == 0:
-            turns.extend([] if turns else [Turn(os.environ)])
-            turns[0].wait()
+        if turn is not None:
+            turn.wait()
         torch.distributed.barrier()
         return train_step(*args, **kwargs)
 
