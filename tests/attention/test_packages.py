@@ -13,6 +13,7 @@ import torch
 
 from seq1f1b.attention import choose_kernel
 from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.attention.kernels.cudnn import Cudnn
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
 from seq1f1b.attention.kernels.padded import Padded
@@ -142,6 +143,66 @@ def flash_attn_3():
     return module
 
 
+def top_left(q, k, v, scale, is_causal):
+    """Attention of ``[b, heads, s, dim]`` as cuDNN computes it."""
+    assert not is_causal or q.shape[2] == k.shape[2]
+    if is_causal:
+        output, log_sum_exp = attend(*(x.transpose(1, 2) for x in (q, k, v)), scale)
+        return output.transpose(1, 2), log_sum_exp[..., None]
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, keys) * scale
+    return scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """The kernel; torch checks the arguments of its operators, which need a GPU to compute."""
+    module = sys.modules[Cudnn.__module__]
+    forward_operator, backward_operator = module._forward, module._backward
+
+    def on_meta(operator, args, scale):
+        """Call the operator where it computes nothing, for torch to look at the arguments."""
+        without_data = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
+        return operator(*without_data, scale=scale)
+
+    def forward(*args, scale):
+        q, k, v, bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask = args
+        assert (bias, compute_log_sumexp, dropout_p, return_debug_mask) == (None, True, 0.0, False)
+        output, log_sum_exp = top_left(q, k, v, scale, is_causal)
+        meta = on_meta(forward_operator, args, scale)
+        assert [x.shape for x in meta[:2]] == [output.shape, log_sum_exp.shape]
+        return output, log_sum_exp, *meta[2:]
+
+    def backward(*args, scale):
+        grad, q, k, v, out, logsumexp, seed, offset, bias, _, _, max_q, max_k, dropout_p, causal = (
+            args
+        )
+        assert (bias, max_q, max_k, dropout_p) == (None, q.shape[2], k.shape[2], 0.0)
+        assert seed.dtype == offset.dtype == torch.long
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        meta = on_meta(backward_operator, args, scale)
+        assert [x.shape for x in meta] == [x.shape for x in grads]
+        # Of the whole softmax: weights are by the log-sum-exp that was given.
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+        weights = (torch.einsum("bhqd,bhkd->bhqk", q, keys) * scale - logsumexp).exp()
+        weights = weights.tril() if causal else weights
+        of_weights = torch.einsum("bhqd,bhkd->bhqk", grad, values)
+        of_scores = weights * (of_weights - (grad * out).sum(-1, keepdim=True)) * scale
+        grads[0].copy_(of_scores @ keys)
+        for place, of_all in (
+            (grads[1], of_scores.transpose(2, 3) @ q),
+            (grads[2], weights.transpose(2, 3) @ grad),
+        ):
+            place.copy_(of_all.unflatten(1, (-1, group)).sum(2))
+        return grads
+
+    monkeypatch.setattr(module, "_forward", forward)
+    monkeypatch.setattr(module, "_backward", backward)
+    return KERNELS["cudnn"]
+
+
 @pytest.fixture(params=["flash-attn-2", "flash-attn-3"])
 def package(request, monkeypatch):
     """A kernel, and the stand-in for its package."""
@@ -160,6 +221,26 @@ def test_sub_sequences(package, heads, kv_heads):
     wanted, wanted_grads = whole(*tensors)
     for got, want in zip((output, *grads), (wanted, *wanted_grads), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("lengths", [(29,), (13, 1, 9, 6)])
+def test_cudnn(cudnn, lengths, heads, kv_heads):
+    tensors = make(29, 2, heads, kv_heads, 8)
+    output, grads = in_parts(lengths, *tensors, cudnn)
+    wanted, wanted_grads = whole(*tensors)
+    for got, want in zip((output, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_cudnn_in_half_precision(cudnn):
+    """Parts of outputs and gradients are put together in float32."""
+    tensors = make(29, 2, 4, 2, 8)
+    output, grads = in_parts((13, 1, 9, 6), *(x.bfloat16() for x in tensors), cudnn)
+    wanted, wanted_grads = whole(*tensors)
+    for got, want in zip((output, *grads), (wanted, *wanted_grads), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), want, rtol=0.03, atol=0.03)
 
 
 def test_documents(package):
@@ -205,6 +286,17 @@ def test_padded_values(lengths):
 def on_cuda(head, dtype=torch.bfloat16):
     """What a kernel looks at of a tensor on a GPU."""
     return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(64, 1, 4, head))
+
+
+def test_cudnn_is_taken_by_name_only(monkeypatch):
+    for kind in (TorchFlash, Cudnn):
+        monkeypatch.setattr(kind, "available", lambda self: True)
+    tensors = on_cuda(128), on_cuda(128), on_cuda(128)
+    assert choose_kernel(*tensors).name == "torch-flash"
+    assert choose_kernel(*tensors, "cudnn").name == "cudnn"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(ValueError, match="'cudnn' cannot take"):
+        choose_kernel(*tensors, "cudnn")
 
 
 @pytest.mark.parametrize(

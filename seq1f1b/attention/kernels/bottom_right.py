@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seq1f1b.attention.kernels.interface import Gradients
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
 AMPERE = 8
 
@@ -60,7 +60,7 @@ class BottomRight(ABC):
         """See Kernel."""
         return (
             query.device.type == "cuda"
-            and query.dtype in _HALF
+            and query.dtype in HALF
             and self.takes_heads(key.shape[-1], value.shape[-1])
             and self.available()
         )

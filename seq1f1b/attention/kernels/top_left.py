@@ -1,0 +1,136 @@
+"""What flash kernels have in common whose causal mask is aligned to the top left.
+
+Such a mask cannot let a sub-sequence look at its prefix, so that takes two calls: all of the prefix
+without a mask, its own tokens with one. The two outputs are merged by their log-sum-exp
+(FlashAttention, arXiv 2205.14135, section 3.1). In the backward each call gets the merged output
+and log-sum-exp, which makes its gradients those of the whole softmax.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from seq1f1b.attention.kernels.interface import Gradients
+
+
+class TopLeft(ABC):
+    """Subclasses call the kernel.
+
+    To them queries are ``[b * kv heads, group, n, dim]``, where a group of heads shares keys and
+    values, which are ``[b * kv heads, 1, c, dim]``; log-sum-exps are ``[b * kv heads, group, n]``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """See Kernel."""
+
+    @abstractmethod
+    def run_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and the log-sum-exp; the mask, if any, is square."""
+
+    @abstractmethod
+    def run_backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+        *,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v."""
+
+    def in_two_calls(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors as two calls get them whose results are put together."""
+        return tensors
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See Kernel; the log-sum-exp is ``[b * kv heads, group, n]``."""
+        kv_heads = key.shape[2]
+        prefix = key.shape[0] - query.shape[0]
+        dtype = query.dtype
+        if prefix:
+            query, key, value = self.in_two_calls(query, key, value)
+        q, k, v = _fold_query(query, kv_heads), _fold_kv(key), _fold_kv(value)
+        output, log_sum_exp = self.run_forward(
+            q, k[:, :, prefix:], v[:, :, prefix:], scale, causal=True
+        )
+        if prefix:
+            before, before_lse = self.run_forward(
+                q, k[:, :, :prefix], v[:, :, :prefix], scale, causal=False
+            )
+            output, before = raised(output), raised(before)
+            output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None].to(output))
+            log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
+        return _unfold(output, kv_heads).to(dtype), log_sum_exp
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+    ) -> Gradients:
+        """See Kernel."""
+        kv_heads = key.shape[2]
+        prefix = key.shape[0] - query.shape[0]
+        dtype = query.dtype
+        if prefix:
+            grad_output, query, key, value, output = self.in_two_calls(
+                grad_output, query, key, value, output
+            )
+        q, k, v = _fold_query(query, kv_heads), _fold_kv(key), _fold_kv(value)
+        grad, out = _fold_query(grad_output, kv_heads), _fold_query(output, kv_heads)
+
+        def backward(start: int, stop: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            k_part, v_part = k[:, :, start:stop], v[:, :, start:stop]
+            grad_query, grad_key, grad_value = self.run_backward(
+                grad, q, k_part, v_part, out, log_sum_exp, scale, causal=causal
+            )
+            return grad_query, _unfold(grad_key, kv_heads), _unfold(grad_value, kv_heads)
+
+        grad_query, grad_key, grad_value = backward(prefix, key.shape[0], True)
+        before = None
+        if prefix:
+            before_query, before_key, before_value = backward(0, prefix, False)
+            grad_query = raised(grad_query).add_(before_query)
+            before = before_key, before_value
+        return Gradients(
+            _unfold(grad_query, kv_heads).to(dtype),
+            grad_key.to(dtype),
+            grad_value.to(dtype),
+            before,
+        )
+
+
+def raised(x: Tensor) -> Tensor:
+    """Return half precision as float32, and anything else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _fold_query(x: Tensor, kv_heads: int) -> Tensor:
+    """``[n, b, heads, dim]`` to ``[b * kv heads, group, n, dim]``, a view when x is contiguous."""
+    return x.unflatten(2, (kv_heads, -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
+
+
+def _fold_kv(x: Tensor) -> Tensor:
+    """``[c, b, kv heads, dim]`` to ``[b * kv heads, 1, c, dim]``, a view when x is contiguous."""
+    return x.permute(1, 2, 0, 3).flatten(0, 1)[:, None]
+
+
+def _unfold(x: Tensor, kv_heads: int) -> Tensor:
+    """``[b * kv heads, group, n, dim]`` to ``[n, b, heads, dim]``."""
+    return x.unflatten(0, (-1, kv_heads)).permute(3, 0, 1, 2, 4).flatten(2, 3)
