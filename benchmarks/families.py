@@ -3,9 +3,8 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/families.py
 
 Every rank is one pipeline stage, pinned to a core of its own and to one thread. Schedules run in
-turn; medians are compared. For each that our clock can follow, the time of every action, averaged
-over the run, is replayed in the simulator, and its word on the speedup stands beside the measured
-one.
+turn; medians are compared. For each that our clock can follow, the times of the actions of every
+step are replayed in the simulator, and its word on the speedup stands beside the measured one.
 """
 
 # ruff: noqa: E402
@@ -108,20 +107,15 @@ def planned(contender: Contender, settings: Any) -> Schedule:
 def replay(
     contender: Contender, trainer: Trainer, runs: dict[str, list[Any]], link_seconds: Any
 ) -> float:
-    """Return the simulated step from the means of the measured actions."""
+    """Return the median of the steps simulated from the actions that each of them measured."""
     settings = trainer.settings(contender.kind, contender.num_splits, "uniform_comp")
-    stages = [
-        [
-            timed
-            for run in runs[contender.timed_by or contender.name]
-            for timed in run["timed"][stage]
-        ]
-        for stage in range(dist.get_world_size())
-    ]
+    schedule = planned(contender, settings)
     lengths = [part.length for part in settings.cut(trainer.options.length)]
     link = Link(bandwidth=1.0, tensor_bytes=tuple(link_seconds(n) for n in lengths))
-    costs = Costs.measured(stages).completed()
-    return simulate(planned(contender, settings), costs, link).step_time
+    return statistics.median(
+        simulate(schedule, Costs.measured(run["timed"]).completed(), link).step_time
+        for run in runs[contender.timed_by or contender.name]
+    )
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -183,9 +177,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 NOTES = """
-*replayed*: the mean time of each action in these runs, played in the simulator, says so. Megatron's
-interleaved loop is replayed with the times of the same actions in the executor. torch's schedules
-have no clock of ours. *theory*: all stages and sub-sequences equal, links free.
+*replayed*: every step is played in the simulator with the mean times of the actions of that very
+step; what the medians say. Megatron's interleaved loop is replayed with the times of the same
+actions in the executor. torch's schedules have no clock of ours. *theory*: all stages and
+sub-sequences equal, links free.
 
 Alike for all: model, weights, tokens, number of micro-batches, attention kernel, process group
 library, cores; every loss agrees to 1e-4. Not alike: Megatron's loop and the executor run
