@@ -143,16 +143,21 @@ def flash_attn_3():
     return module
 
 
-def top_left(q, k, v, scale, is_causal):
-    """Attention of ``[b, heads, s, dim]`` as cuDNN computes it."""
+def shared(x, q):
+    """Give every head of ``[b, heads, s, dim]`` its keys or values, in at least float32."""
+    return at_least_float32(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def top_left_scores(q, k, scale, is_causal):
+    """Scores of ``[b, heads, s, dim]`` behind cuDNN's mask, which is used where it is square."""
     assert not is_causal or q.shape[2] == k.shape[2]
-    if is_causal:
-        output, log_sum_exp = attend(*(x.transpose(1, 2) for x in (q, k, v)), scale)
-        return output.transpose(1, 2), log_sum_exp[..., None]
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, keys) * scale
-    return scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True)
+    scores = at_least_float32(q) @ shared(k, q).mT * scale
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, float("-inf")) if is_causal else scores
 
 
 @pytest.fixture
@@ -169,7 +174,9 @@ def cudnn(monkeypatch):
     def forward(*args, scale):
         q, k, v, bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask = args
         assert (bias, compute_log_sumexp, dropout_p, return_debug_mask) == (None, True, 0.0, False)
-        output, log_sum_exp = top_left(q, k, v, scale, is_causal)
+        scores = top_left_scores(q, k, scale, is_causal)
+        output = (scores.softmax(-1) @ shared(v, q)).to(q.dtype)
+        log_sum_exp = scores.logsumexp(-1, keepdim=True)
         meta = on_meta(forward_operator, args, scale)
         assert [x.shape for x in meta[:2]] == [output.shape, log_sum_exp.shape]
         return output, log_sum_exp, *meta[2:]
@@ -184,18 +191,13 @@ def cudnn(monkeypatch):
         meta = on_meta(backward_operator, args, scale)
         assert [x.shape for x in meta] == [x.shape for x in grads]
         # Of the whole softmax: weights are by the log-sum-exp that was given.
-        group = q.shape[1] // k.shape[1]
-        keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-        weights = (torch.einsum("bhqd,bhkd->bhqk", q, keys) * scale - logsumexp).exp()
-        weights = weights.tril() if causal else weights
-        of_weights = torch.einsum("bhqd,bhkd->bhqk", grad, values)
+        weights = (top_left_scores(q, k, scale, causal) - logsumexp).exp()
+        grad, out, rows = (at_least_float32(x) for x in (grad, out, q))
+        of_weights = grad @ shared(v, q).mT
         of_scores = weights * (of_weights - (grad * out).sum(-1, keepdim=True)) * scale
-        grads[0].copy_(of_scores @ keys)
-        for place, of_all in (
-            (grads[1], of_scores.transpose(2, 3) @ q),
-            (grads[2], weights.transpose(2, 3) @ grad),
-        ):
-            place.copy_(of_all.unflatten(1, (-1, group)).sum(2))
+        grads[0].copy_(of_scores @ shared(k, q))
+        for place, of_all in ((grads[1], of_scores.mT @ rows), (grads[2], weights.mT @ grad)):
+            place.copy_(of_all.unflatten(1, (k.shape[1], -1)).sum(2))
         return grads
 
     monkeypatch.setattr(module, "_forward", forward)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import BottomRight
 from seq1f1b.attention.kernels.cpu_flash import CpuFlash
+from seq1f1b.attention.kernels.cuda import CudaKernel
 from seq1f1b.attention.kernels.cudnn import Cudnn
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
@@ -42,7 +42,7 @@ def choose_kernel(query: Tensor, key: Tensor, value: Tensor, name: str | None = 
 def is_available(name: str) -> bool:
     """Whether the kernel called ``name`` finds the package and the device that it needs."""
     kernel = KERNELS[name]
-    return kernel.available() if isinstance(kernel, BottomRight | Cudnn) else True
+    return kernel.available() if isinstance(kernel, CudaKernel) else True
 
 
 __all__ = ["KERNELS", "Gradients", "Kernel", "PackedKernel", "choose_kernel", "is_available"]

@@ -4,32 +4,25 @@ Their causal mask is aligned to the bottom right, so one call serves a sub-seque
 groups of heads share keys and values; and documents of different lengths go into one call.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from seq1f1b.attention.kernels.cuda import CudaKernel
 from seq1f1b.attention.kernels.interface import Gradients
 
-HALF = (torch.float16, torch.bfloat16)
-_LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
-AMPERE = 8
 
-
-class BottomRight(ABC):
-    """A kernel of half-precision types; subclasses call it.
+class BottomRight(CudaKernel):
+    """Subclasses call the kernel.
 
     Tensors are ``[b, s, heads, dim]`` to subclasses, or ``[tokens, heads, dim]`` with ``bounds``,
     the cumulative lengths of documents, of which the longest has ``longest`` tokens.
     """
 
     name: str
-
-    @abstractmethod
-    def available(self) -> bool:
-        """Whether the package and the device that it needs are there."""
 
     @abstractmethod
     def run_forward(
@@ -51,19 +44,6 @@ class BottomRight(ABC):
         longest: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v."""
-
-    def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """Whether heads may have these sizes."""
-        return key_size == value_size <= _LARGEST_HEAD and key_size % _HEAD_MULTIPLE == 0
-
-    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """See Kernel."""
-        return (
-            query.device.type == "cuda"
-            and query.dtype in HALF
-            and self.takes_heads(key.shape[-1], value.shape[-1])
-            and self.available()
-        )
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -117,12 +97,6 @@ class BottomRight(ABC):
         grads = self.run_backward(grad, q, k, v, out, log_sum_exp, scale, bounds, longest)
         grad_query, grad_key, grad_value = (x[:, None] for x in grads)
         return grad_query, grad_key, grad_value
-
-
-@lru_cache(maxsize=1)
-def generation() -> int:
-    """Return the first number of the GPU's compute capability; 0 without a GPU."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
 
 
 @lru_cache(maxsize=256)

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import AMPERE, HALF, generation
+from seq1f1b.attention.kernels.cuda import AMPERE, CudaKernel, generation
 from seq1f1b.attention.kernels.top_left import TopLeft
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 _NO_DROPOUT = 0.0
-_LARGEST_HEAD, _HEAD_MULTIPLE = 128, 8
+_LARGEST_HEAD = 128
 
 
-class Cudnn(TopLeft):
+class Cudnn(CudaKernel, TopLeft):
     """Taken only by name: whether two of its calls beat one of flash attention is not measured.
 
     It plans every new pair of lengths anew, so lengths that change from step to step do not suit
@@ -22,20 +22,14 @@ class Cudnn(TopLeft):
     name = "cudnn"
 
     def available(self) -> bool:
-        """Whether there is a GPU for it, and torch was built with it."""
+        """See CudaKernel."""
         return generation() >= AMPERE and torch.backends.cudnn.is_available()
 
-    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """See Kernel."""
-        size = key.shape[-1]
-        return (
-            query.device.type == "cuda"
-            and query.dtype in HALF
-            and value.shape[-1] == size <= _LARGEST_HEAD
-            and size % _HEAD_MULTIPLE == 0
-            and not torch.are_deterministic_algorithms_enabled()
-            and self.available()
-        )
+    def takes_heads(self, key_size: int, value_size: int) -> bool:
+        """See CudaKernel; none where torch is told to be deterministic."""
+        if torch.are_deterministic_algorithms_enabled() or key_size > _LARGEST_HEAD:
+            return False
+        return super().takes_heads(key_size, value_size)
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import AMPERE, BottomRight, generation
+from seq1f1b.attention.kernels.bottom_right import BottomRight
+from seq1f1b.attention.kernels.cuda import AMPERE, generation
 
 _OLDEST = (2, 8)
 _NO_DROPOUT, _NO_WINDOW, _NO_CAP = 0.0, (-1, -1), 0.0
@@ -20,7 +21,7 @@ class FlashAttn2(BottomRight):
     name = "flash-attn-2"
 
     def available(self) -> bool:
-        """See BottomRight."""
+        """See CudaKernel."""
         return _installed() and generation() >= AMPERE
 
     def run_forward(

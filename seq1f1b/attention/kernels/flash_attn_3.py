@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import BottomRight, generation
+from seq1f1b.attention.kernels.bottom_right import BottomRight
+from seq1f1b.attention.kernels.cuda import generation
 
 _HOPPER = 9
 _LATENT_HEADS = (192, 128)
@@ -21,11 +22,11 @@ class FlashAttn3(BottomRight):
     name = "flash-attn-3"
 
     def available(self) -> bool:
-        """See BottomRight."""
+        """See CudaKernel."""
         return _usable()
 
     def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """See BottomRight; the largest heads have no deterministic backward."""
+        """See CudaKernel; the largest heads have no deterministic backward."""
         if torch.are_deterministic_algorithms_enabled() and key_size > _LARGEST_DETERMINISTIC:
             return False
         return super().takes_heads(key_size, value_size) or (key_size, value_size) == _LATENT_HEADS

@@ -24,10 +24,6 @@ class TopLeft(ABC):
     name: str
 
     @abstractmethod
-    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """See Kernel."""
-
-    @abstractmethod
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
@@ -70,7 +66,7 @@ class TopLeft(ABC):
                 q, k[:, :, :prefix], v[:, :, :prefix], scale, causal=False
             )
             output, before = raised(output), raised(before)
-            output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None].to(output))
+            output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None])
             log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
         return _unfold(output, kv_heads).to(dtype), log_sum_exp
 

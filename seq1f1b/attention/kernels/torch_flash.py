@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.bottom_right import AMPERE, BottomRight, generation
+from seq1f1b.attention.kernels.bottom_right import BottomRight
+from seq1f1b.attention.kernels.cuda import AMPERE, generation
 
 _NO_DROPOUT = 0.0
 
@@ -14,7 +15,7 @@ class TorchFlash(BottomRight):
     name = "torch-flash"
 
     def available(self) -> bool:
-        """See BottomRight."""
+        """See CudaKernel."""
         return generation() >= AMPERE
 
     def run_forward(
