@@ -1,11 +1,12 @@
 """Kernels of packages for CUDA, called as the packages are: stand-ins compute what they would.
 
-The stand-ins have the signatures of flash-attn 2.8 and of flash-attention's Hopper interface, and
-compute with the whole matrix of scores, on the CPU and in float64.
+The stand-ins have the signatures of flash-attn 2.8, of flash-attention's Hopper interface and of
+transformer-engine 2, and compute with the whole matrix of scores, on the CPU and in float64.
 """
 
+import inspect
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
 from seq1f1b.attention.kernels.padded import Padded
 from seq1f1b.attention.kernels.torch_flash import TorchFlash
+from seq1f1b.attention.kernels.transformer_engine import TransformerEngine
 from tests.attention.test_prefix_causal import SCALE, in_parts, make, whole
 
 
@@ -143,6 +145,81 @@ def flash_attn_3():
     return module
 
 
+def transformer_engine(is_told_alignment):
+    """The two modules that are used of it; later versions are told the mask's alignment apart."""
+    functions = ModuleType("transformer_engine.pytorch.cpp_extensions.fused_attn")
+    constants = ModuleType("transformer_engine.pytorch.constants")
+    functions.FusedAttnBackend = {"F16_arbitrary_seqlen": object()}
+    functions.deterministic = []
+    constants.TE_DType = {torch.float64: object()}
+
+    def check(
+        q, k, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, fake_dtype,
+        fused_attention_backend, attn_bias_type, dropout, qkv_layout, attn_mask_type, window_size,
+        bottom_right_diagonal,
+    ):  # fmt: skip
+        assert bottom_right_diagonal is (True if is_told_alignment else None)
+        assert (attn_bias_type, dropout, window_size) == ("no_bias", 0.0, (-1, 0))
+        assert (qkv_layout, attn_mask_type) == ("sbhd_sbhd_sbhd", "causal_bottom_right")
+        assert (max_seqlen_q, max_seqlen_kv, fake_dtype) == (q.shape[0], k.shape[0], q.dtype)
+        for bounds, x in ((cu_seqlens_q, q), (cu_seqlens_kv, k)):
+            assert bounds.dtype == torch.int32
+            assert bounds.tolist() == [x.shape[0] * i for i in range(x.shape[1] + 1)]
+        assert fused_attention_backend is functions.FusedAttnBackend["F16_arbitrary_seqlen"]
+
+    def attend_rows(q, k, v, scale):
+        assert all(x.is_contiguous() for x in (q, k, v))
+        output, log_sum_exp = attend(*(x.transpose(0, 1) for x in (q, k, v)), scale)
+        return output.transpose(0, 1).contiguous(), log_sum_exp[..., None]
+
+    def forward(
+        is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype,
+        fused_attention_backend, attn_bias=None, cu_seqlens_q_padded=None,
+        cu_seqlens_kv_padded=None, page_table_k=None, page_table_v=None, s_quantizer=None,
+        o_quantizer=None, attn_scale=None, dropout=0.0, fast_zero_fill=True, qkv_layout="sbh3d",
+        attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1), rng_gen=None,
+        bottom_right_diagonal=None,
+    ):  # fmt: skip
+        assert is_training
+        check(
+            q, k, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, fake_dtype,
+            fused_attention_backend, attn_bias_type, dropout, qkv_layout, attn_mask_type,
+            window_size, bottom_right_diagonal,
+        )  # fmt: skip
+        output, log_sum_exp = attend_rows(q, k, v, attn_scale)
+        return output, [log_sum_exp, torch.zeros(2, dtype=torch.int64)]
+
+    def backward(
+        max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, fake_dtype,
+        dqkv_dtype, aux_ctx_tensors, fused_attention_backend, cu_seqlens_q_padded=None,
+        cu_seqlens_kv_padded=None, s_quantizer=None, dp_quantizer=None, dqkv_quantizer=None,
+        attn_scale=None, dropout=0.0, fast_zero_fill=True, qkv_layout="sbh3d",
+        attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1),
+        deterministic=False, bottom_right_diagonal=None,
+    ):  # fmt: skip
+        check(
+            q, k, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, fake_dtype,
+            fused_attention_backend, attn_bias_type, dropout, qkv_layout, attn_mask_type,
+            window_size, bottom_right_diagonal,
+        )  # fmt: skip
+        assert dqkv_dtype is constants.TE_DType[q.dtype]
+        log_sum_exp, state = aux_ctx_tensors
+        assert (state.dtype, state.shape) == (torch.int64, (2,))
+        assert o.is_contiguous()
+        assert d_o.is_contiguous()
+        functions.deterministic.append(deterministic)
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        differentiate(lambda *x: attend_rows(*x, attn_scale), d_o, (q, k, v), o, log_sum_exp, grads)
+        return *grads, None
+
+    if not is_told_alignment:
+        parameters = dict(inspect.signature(forward).parameters)
+        del parameters["bottom_right_diagonal"]
+        forward.__signature__ = inspect.Signature(list(parameters.values()))
+    functions.fused_attn_fwd, functions.fused_attn_bwd = forward, backward
+    return functions, constants
+
+
 def shared(x, q):
     """Give every head of ``[b, heads, s, dim]`` its keys or values, in at least float32."""
     return at_least_float32(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
@@ -205,15 +282,24 @@ def cudnn(monkeypatch):
     return KERNELS["cudnn"]
 
 
-@pytest.fixture(params=["flash-attn-2", "flash-attn-3"])
+STAND_INS = {
+    "flash-attn-2": lambda: (flash_attn_2(),),
+    "flash-attn-3": lambda: (flash_attn_3(),),
+    "transformer-engine": lambda: transformer_engine(is_told_alignment=True),
+    "transformer-engine 2.0": lambda: transformer_engine(is_told_alignment=False),
+}
+
+
+@pytest.fixture(params=STAND_INS)
 def package(request, monkeypatch):
-    """A kernel, and the stand-in for its package."""
-    is_2 = request.param == "flash-attn-2"
-    module = flash_attn_2() if is_2 else flash_attn_3()
-    if is_2:
-        monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return KERNELS[request.param], module
+    """A kernel, and the stand-in for the module of its package that has the functions."""
+    modules = STAND_INS[request.param]()
+    for module in modules:
+        *parents, _ = accumulate(module.__name__.split("."), "{}.{}".format)
+        for parent in parents:
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return KERNELS[request.param.split()[0]], modules[0]
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
@@ -245,6 +331,7 @@ def test_cudnn_in_half_precision(cudnn):
         torch.testing.assert_close(got.double(), want, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("package", ["flash-attn-2", "flash-attn-3"], indirect=True)
 def test_documents(package):
     kernel, _ = package
     lengths = (5, 1, 12)
@@ -273,16 +360,26 @@ def test_determinism_is_asked_for_when_torch_is_told_so(package):
     assert module.deterministic == [False, True]
 
 
-@pytest.mark.parametrize("lengths", [(21,), (9, 7, 5)])
-def test_padded_values(lengths):
+def check_narrow_values(kernel, lengths):
     """Keys of 12 columns and values of 8, as in multi-latent attention."""
     query, key, wide, wide_grad = make(21, 2, 4, 4, 12)
     value, grad = wide[..., :8].contiguous(), wide_grad[..., :8].contiguous()
     tensors = query, key, value, grad
-    output, grads = in_parts(lengths, *tensors, Padded(KERNELS["cpu-flash"]))
+    output, grads = in_parts(lengths, *tensors, kernel)
     wanted, wanted_grads = in_parts(lengths, *tensors, KERNELS["reference"])
     for got, want in zip((output, *grads), (wanted, *wanted_grads), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [(21,), (9, 7, 5)])
+def test_padded_values(lengths):
+    check_narrow_values(Padded(KERNELS["cpu-flash"]), lengths)
+
+
+@pytest.mark.parametrize("package", ["transformer-engine"], indirect=True)
+@pytest.mark.parametrize("lengths", [(21,), (9, 7, 5)])
+def test_narrow_values_without_padding(package, lengths):
+    check_narrow_values(package[0], lengths)
 
 
 def on_cuda(head, dtype=torch.bfloat16):
@@ -290,11 +387,12 @@ def on_cuda(head, dtype=torch.bfloat16):
     return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(64, 1, 4, head))
 
 
-def test_cudnn_is_taken_by_name_only(monkeypatch):
-    for kind in (TorchFlash, Cudnn):
+def test_kernels_of_cudnn_are_taken_by_name_only(monkeypatch):
+    for kind in (TorchFlash, TransformerEngine, Cudnn):
         monkeypatch.setattr(kind, "available", lambda self: True)
     tensors = on_cuda(128), on_cuda(128), on_cuda(128)
     assert choose_kernel(*tensors).name == "torch-flash"
+    assert choose_kernel(*tensors, "transformer-engine").name == "transformer-engine"
     assert choose_kernel(*tensors, "cudnn").name == "cudnn"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with pytest.raises(ValueError, match="'cudnn' cannot take"):
@@ -334,5 +432,6 @@ def test_what_is_not_installed_is_not_taken():
     query = on_cuda(64)
     assert not KERNELS["flash-attn-2"].supports(query, query, query)
     assert not KERNELS["flash-attn-3"].supports(query, query, query)
+    assert not KERNELS["transformer-engine"].supports(query, query, query)
     with pytest.raises(ValueError, match=r"'flash-attn-2' cannot take .* or is not installed"):
         choose_kernel(query, query, query, "flash-attn-2")

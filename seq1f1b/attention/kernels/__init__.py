@@ -11,10 +11,19 @@ from seq1f1b.attention.kernels.interface import Gradients, Kernel, PackedKernel
 from seq1f1b.attention.kernels.padded import Padded
 from seq1f1b.attention.kernels.reference import Reference
 from seq1f1b.attention.kernels.torch_flash import TorchFlash
+from seq1f1b.attention.kernels.transformer_engine import TransformerEngine
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (FlashAttn3(), FlashAttn2(), TorchFlash(), Cudnn(), CpuFlash(), Reference())
+    for kernel in (
+        FlashAttn3(),
+        FlashAttn2(),
+        TorchFlash(),
+        TransformerEngine(),
+        Cudnn(),
+        CpuFlash(),
+        Reference(),
+    )
 }
 """In the order in which they are tried."""
 

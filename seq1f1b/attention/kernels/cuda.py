@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -36,3 +37,12 @@ class CudaKernel(ABC):
 def generation() -> int:
     """Return the first number of the GPU's compute capability; 0 without a GPU."""
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+@lru_cache(maxsize=8)
+def is_installed(package: str, oldest: tuple[int, int]) -> bool:
+    """Whether ``package`` is there, in version ``oldest`` or a later one."""
+    try:
+        return tuple(map(int, version(package).split(".")[:2])) >= oldest
+    except (PackageNotFoundError, ValueError):
+        return False

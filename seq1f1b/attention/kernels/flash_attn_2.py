@@ -1,15 +1,13 @@
 """The package flash-attn, from version 2.8 on (FlashAttention-2, arXiv 2307.08691)."""
 
 import importlib
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
-from seq1f1b.attention.kernels.cuda import AMPERE, generation
+from seq1f1b.attention.kernels.cuda import AMPERE, generation, is_installed
 
 _OLDEST = (2, 8)
 _NO_DROPOUT, _NO_WINDOW, _NO_CAP = 0.0, (-1, -1), 0.0
@@ -22,7 +20,7 @@ class FlashAttn2(BottomRight):
 
     def available(self) -> bool:
         """See CudaKernel."""
-        return _installed() and generation() >= AMPERE
+        return is_installed("flash-attn", _OLDEST) and generation() >= AMPERE
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
@@ -61,14 +59,6 @@ class FlashAttn2(BottomRight):
         else:
             package._flash_attn_varlen_backward(*given, bounds, bounds, longest, longest, *options)
         return grads
-
-
-@lru_cache(maxsize=1)
-def _installed() -> bool:
-    try:
-        return tuple(map(int, version("flash-attn").split(".")[:2])) >= _OLDEST
-    except (PackageNotFoundError, ValueError):
-        return False
 
 
 def _package() -> Any:
