@@ -57,7 +57,7 @@ class TopLeft(ABC):
         dtype = query.dtype
         if prefix:
             query, key, value = self.in_two_calls(query, key, value)
-        q, k, v = _fold_query(query, kv_heads), _fold_kv(key), _fold_kv(value)
+        q, k, v = (_fold(x, kv_heads) for x in (query, key, value))
         output, log_sum_exp = self.run_forward(
             q, k[:, :, prefix:], v[:, :, prefix:], scale, causal=True
         )
@@ -68,7 +68,7 @@ class TopLeft(ABC):
             output, before = raised(output), raised(before)
             output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None])
             log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
-        return _unfold(output, kv_heads).to(dtype), log_sum_exp
+        return _as(_unfold(output, kv_heads), dtype), log_sum_exp
 
     def backward(
         self,
@@ -88,8 +88,8 @@ class TopLeft(ABC):
             grad_output, query, key, value, output = self.in_two_calls(
                 grad_output, query, key, value, output
             )
-        q, k, v = _fold_query(query, kv_heads), _fold_kv(key), _fold_kv(value)
-        grad, out = _fold_query(grad_output, kv_heads), _fold_query(output, kv_heads)
+        q, k, v = (_fold(x, kv_heads) for x in (query, key, value))
+        grad, out = _fold(grad_output, kv_heads), _fold(output, kv_heads)
 
         def backward(start: int, stop: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             k_part, v_part = k[:, :, start:stop], v[:, :, start:stop]
@@ -105,28 +105,32 @@ class TopLeft(ABC):
             grad_query = raised(grad_query).add_(before_query)
             before = before_key, before_value
         return Gradients(
-            _unfold(grad_query, kv_heads).to(dtype),
-            grad_key.to(dtype),
-            grad_value.to(dtype),
+            _as(_unfold(grad_query, kv_heads), dtype),
+            _as(grad_key, dtype),
+            _as(grad_value, dtype),
             before,
         )
 
 
 def raised(x: Tensor) -> Tensor:
     """Return half precision as float32, and anything else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _fold_query(x: Tensor, kv_heads: int) -> Tensor:
-    """``[n, b, heads, dim]`` to ``[b * kv heads, group, n, dim]``, a view when x is contiguous."""
-    return x.unflatten(2, (kv_heads, -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
-def _fold_kv(x: Tensor) -> Tensor:
-    """``[c, b, kv heads, dim]`` to ``[b * kv heads, 1, c, dim]``, a view when x is contiguous."""
-    return x.permute(1, 2, 0, 3).flatten(0, 1)[:, None]
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """``[n, b, heads, dim]`` to ``[b * kv heads, group, n, dim]``, a view when x is contiguous.
+
+    Keys and values make groups of one.
+    """
+    n, b, heads, dim = x.shape
+    return x.reshape(n, b * kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
 
 
 def _unfold(x: Tensor, kv_heads: int) -> Tensor:
     """``[b * kv heads, group, n, dim]`` to ``[n, b, heads, dim]``."""
-    return x.unflatten(0, (-1, kv_heads)).permute(3, 0, 1, 2, 4).flatten(2, 3)
+    folded, group, n, dim = x.shape
+    return x.permute(2, 0, 1, 3).reshape(n, folded // kv_heads, kv_heads * group, dim)
