@@ -195,10 +195,10 @@ class Bench:
     def time_all(self) -> None:
         """Time every action of every cut, in turn, so that drift hits all of them."""
         for role in self._roles(self.cuts[0]):  # warms caches and allocators up
-            self._run(self.cuts[0], role, split=False)
+            self.run(self.cuts[0], role, split=False)
         for _ in range(self.options.rounds):
             for (cut, role, split), runs in self.runs.items():
-                runs.append(self._run(cut, role, split=split))
+                runs.append(self.run(cut, role, split=split))
 
     def pool(self, file: Path) -> None:
         """Keep all runs in ``file``, and take those of earlier calls in."""
@@ -271,7 +271,7 @@ class Bench:
         for _ in range(2):  # the first time fills the pool of the carry
             held[:], carried[:] = [live()], [0]
             with meter.measuring(constants):
-                self._run(cut, role, split=False, after=weigh)
+                self.run(cut, role, split=False, after=weigh)
         grown = [after - before for before, after in pairwise(held)]
         carry = carried[len(grown)]
         return Memory(
@@ -291,7 +291,7 @@ class Bench:
         )
         return (halves[0] if halves else {}) | whole
 
-    def _run(
+    def run(
         self,
         cut: Cut,
         role: str,
@@ -299,6 +299,7 @@ class Bench:
         split: bool,
         after: Callable[[Action], None] = lambda action: None,
     ) -> Parts:
+        """Run all actions of ``role`` for one micro-batch; return how long each took."""
         chunks = self.chunks[cut.num_chunks, role]
         settings = _Planned(
             num_splits=cut.num_splits,

@@ -36,9 +36,14 @@ for length in 16384 32768 65536 131072; do
         --output "$results/replay-$length"
 done
 
-# Real processes on the one device, and what the executor costs the host.
+# Real processes on the one device, and what the allocator loses between lengths that differ.
 table benchmarks/one_gpu.py --stages 2 4 --output "$results/one_gpu"
+table benchmarks/segments.py --output "$results/segments"
+
+# What the executor costs the host, and whether the device ever waits for it.
 table benchmarks/host.py --output "$results/host"
+table benchmarks/waiting.py --lengths 512 1024 2048 4096 8192 --layers 4 --hidden-size 4096 \
+    --heads 32 --dtype bfloat16 --traces "$results/traces" --output "$results/waiting"
 
 # Pictures of what has been made.
 shopt -s nullglob

@@ -9,11 +9,14 @@ other's kernels.
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,23 @@ from seq1f1b.schedule import interleaved, one_f_one_b, peak_live
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def train(options: argparse.Namespace, num_stages: int, splits: int) -> list[dict[str, Any]]:
-    """Train in ``num_stages`` processes; return what each iteration logged."""
+@dataclass(frozen=True)
+class Training:
+    """What a training run left: its printed lines, and an entry for each iteration."""
+
+    output: str
+    entries: list[dict[str, Any]]
+
+
+def train(
+    options: argparse.Namespace,
+    num_stages: int,
+    splits: int,
+    *,
+    balance: str = "uniform_comp",
+    environment: Mapping[str, str] | None = None,
+) -> Training:
+    """Train in ``num_stages`` processes on the device; ``environment`` is added to this one's."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
         precision = "--bf16" if options.dtype == "bfloat16" else ""
@@ -40,18 +58,26 @@ def train(options: argparse.Namespace, num_stages: int, splits: int) -> list[dic
             f"--train-iters {options.iterations} --lr 1e-4 --attention-dropout 0 "
             "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 1000 "
             "--transformer-impl local --eval-iters 1 --eval-interval 1000000 --log-interval 1 "
-            f"--seq1f1b-splits {splits} --seq1f1b-metrics-file {metrics}"
+            f"--log-memory-interval 1 --seq1f1b-splits {splits} "
+            f"--seq1f1b-balance-method {balance} --seq1f1b-metrics-file {metrics}"
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if run.returncode:
             sys.exit(f"{shlex.join(command)} failed:\n{run.stderr[-4000:]}")
-        return [json.loads(line) for line in metrics.read_text().splitlines()]
+        return Training(run.stdout, [json.loads(line) for line in metrics.read_text().splitlines()])
 
 
 def compare(options: argparse.Namespace, num_stages: int) -> dict[str, Any]:
     """Return a row for ``num_stages``."""
-    whole, cut = (train(options, num_stages, s) for s in (1, options.splits))
+    whole, cut = (train(options, num_stages, s).entries for s in (1, options.splits))
     peaks = [
         statistics.median(entry["peak_activation_bytes"][0] for entry in run)
         for run in (whole, cut)
@@ -71,12 +97,9 @@ def compare(options: argparse.Namespace, num_stages: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is trained."""
     has_gpu = torch.cuda.is_available()
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--splits", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--layers", type=int, default=8)
@@ -84,10 +107,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16 if has_gpu else 2)
     parser.add_argument("--length", type=int, default=16384 if has_gpu else 256)
     parser.add_argument("--dtype", default="bfloat16" if has_gpu else "float32")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
-    options = parser.parse_args()
-    rows = [compare(options, num_stages) for num_stages in options.stages]
-    about = setting(
+
+
+def about_training(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was trained, where and with what."""
+    return setting(
         layers=options.layers,
         hidden=options.hidden_size,
         tokens=options.length,
@@ -96,6 +120,18 @@ def main() -> None:
         dtype=options.dtype,
         device=device_name(),
     )
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_training_arguments(parser)
+    parser.add_argument("--splits", type=int, default=4)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    options = parser.parse_args()
+    rows = [compare(options, num_stages) for num_stages in options.stages]
+    about = about_training(options)
     lines = [
         f"| {row['stages']} | {row['splits']} | {row['worst_relative_loss_difference']:.1e} | "
         f"{row['first_stage_memory_over_1f1b']:.3f} | {row['in_theory_without_carry']:.3f} | "

@@ -98,6 +98,58 @@ def test_stages_on_one_device(tmp_path):
     assert 0 < row["first_stage_memory_over_1f1b"] < 1
 
 
+def test_segments(tmp_path):
+    sizes = ("--layers", 2, "--length", 64, "--iterations", 2, "--micro-batches", 2)
+    rows = rows_of(tmp_path, "segments.py", "--cuts", "2:uniform_comp", *sizes)
+    assert [(row["splits"], row["balance"], row["expandable_segments"]) for row in rows] == [
+        (2, "uniform_comp", False),
+        (2, "uniform_comp", True),
+    ]
+    assert all(row["reserved_mib"] >= row["allocated_mib"] > 0 for row in rows)
+
+
+def test_waiting(tmp_path):
+    sizes = ("--hidden-size", 32, "--splits", 2, "--lengths", 32, 64, "--warmup", 1)
+    rows = rows_of(tmp_path, "waiting.py", *sizes, "--traces", tmp_path / "traces")
+    assert [row["length"] for row in rows] == [32, 64]
+    assert all(0 < row["waiting_for_host"] == row["idle"] < 1 for row in rows)
+    assert {file.name for file in (tmp_path / "traces").iterdir()} == {"32.json.gz", "64.json.gz"}
+
+
+def test_only_work_that_was_launched_too_late_made_the_device_wait_for_the_host():
+    def launch(correlation, ts):
+        args = {"correlation": correlation}
+        return {"ph": "X", "cat": "cuda_runtime", "ts": ts, "dur": 1, "args": args}
+
+    def kernel(correlation, ts, dur, cat="kernel"):
+        args = {"correlation": correlation}
+        return {"ph": "X", "cat": cat, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        launch(1, 0), kernel(1, 10, 10),  # until 20
+        launch(2, 25), kernel(2, 30, 10),  # 10 late: launched when nothing ran
+        launch(3, 26), kernel(3, 45, 5),  # 5 late, but launched while 2 ran
+        launch(4, 27), kernel(4, 46, 10, "gpu_memcpy"),  # beside 3, longer
+        launch(5, 28), kernel(5, 56, 4),  # at once
+        {"ph": "X", "cat": "cpu_op", "ts": 0, "dur": 100, "args": {}},
+        {"ph": "i", "cat": "kernel", "ts": 200},
+    ]  # fmt: skip
+    program = (
+        "import json, sys, waiting; from dataclasses import astuple;"
+        "print(astuple(waiting.waiting(json.load(sys.stdin))))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT / "benchmarks",
+        input=json.dumps(events),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads("[" + run.stdout.split("(")[-1].rstrip(")\n") + "]") == [50, 15.0, 10.0]
+
+
 def test_gpu_tables_want_a_gpu():
     run = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu.sh"],
