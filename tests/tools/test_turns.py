@@ -60,6 +60,30 @@ def test_a_run_that_never_came_is_not_waited_for():
     assert steps(2, 2, absent=(0, 1)) == []
 
 
+def test_a_run_is_let_go_when_all_have_finished():
+    notes = []
+
+    def run(turns, place, num_steps):
+        turn = Turn(turns.environment(place))
+        for _ in range(num_steps):
+            turn.wait()
+            notes.append(place)
+        turn.finish()
+        notes.append("gone")
+
+    with Turns(3) as turns:
+        runs = [
+            threading.Thread(target=run, args=(turns, *args), daemon=True)
+            for args in ((0, 1), (1, 3), (2, 2))
+        ]
+        for thread in runs:
+            thread.start()
+        for thread in runs:
+            thread.join(20)
+            assert not thread.is_alive()
+    assert notes == [0, 1, 2, 1, 2, 1, "gone", "gone", "gone"]
+
+
 def test_one_run_has_every_turn():
     assert steps(4) == [0] * 4
 

@@ -28,22 +28,40 @@ class Turn:
         self._end.sendall(self._place)
         self._end.recv(1)
 
+    def finish(self) -> None:
+        """Give the turn back for good, and wait until the others have too.
 
-def in_turn(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's ``train_step``, which starts on all ranks when it is this run's turn."""
+        The end of a process takes seconds of work, which would fall into the steps of the others.
+        """
+        self._end.shutdown(socket.SHUT_WR)
+        self._end.recv(1)
+
+
+def take_turns(training: Any) -> None:
+    """Let all ranks start each step of Megatron's module ``training`` when it is their turn."""
     import torch
 
     turn = Turn(os.environ) if os.environ["RANK"] == "0" else None
+    train, train_step = training.train, training.train_step
 
-    @functools.wraps(train_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
+    def on_all_ranks(wait: Callable[[Turn], None]) -> None:
         torch.distributed.barrier()  # all have ended the step before
         if turn is not None:
-            turn.wait()
+            wait(turn)
         torch.distributed.barrier()
+
+    @functools.wraps(train_step)
+    def step_in_turn(*args: Any, **kwargs: Any) -> Any:
+        on_all_ranks(Turn.wait)
         return train_step(*args, **kwargs)
 
-    return step
+    @functools.wraps(train)
+    def train_to_the_end(*args: Any, **kwargs: Any) -> Any:
+        result = train(*args, **kwargs)
+        on_all_ranks(Turn.finish)
+        return result
+
+    training.train, training.train_step = train_to_the_end, step_in_turn
 
 
 def main() -> None:
@@ -56,7 +74,7 @@ def main() -> None:
     megatron.adaptor.install()
     from megatron.training import training
 
-    training.train_step = in_turn(training.train_step)
+    take_turns(training)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -20,13 +20,14 @@ class Turns:
 
     A run asks for each step, through a socket whose path it finds in its environment. A step is
     granted when all ask: so nobody computes meanwhile, and the first step waits until all are
-    ready.
+    ready. A run that has no more steps closes its end, and is let go when all have.
     """
 
     def __init__(self, num_runs: int) -> None:
         self._num_runs = num_runs
         self._turn = 0
         self._asking: dict[int, socket.socket] = {}
+        self._places: dict[socket.socket, int] = {}
         self._left: set[int] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="turns-")
         self._path = str(Path(self._folder.name) / "socket")
@@ -74,21 +75,30 @@ class Turns:
                         selector.register(connection, selectors.EVENT_READ)
                     elif said := _received(end):
                         if end is not self._woken:
+                            self._places[end] = int(said)
                             self._asking[int(said)] = end
                     elif end is self._woken:
                         return
                     else:
                         selector.unregister(end)
+                        if end in self._places:
+                            self._left.add(self._places[end])
                 self._grant()
 
     def _grant(self) -> None:
         remaining = [place for place in range(self._num_runs) if place not in self._left]
-        if not remaining or any(place not in self._asking for place in remaining):
-            return
-        place = next((place for place in remaining if place >= self._turn), remaining[0])
-        self._turn = place + 1
-        with contextlib.suppress(OSError):  # it has ended; the sweep will say so
-            self._asking.pop(place).sendall(b"!")
+        if not remaining:
+            for end in self._places:
+                _wake(end)
+        elif all(place in self._asking for place in remaining):
+            place = next((place for place in remaining if place >= self._turn), remaining[0])
+            self._turn = place + 1
+            _wake(self._asking.pop(place))
+
+
+def _wake(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended; the sweep will say so
+        end.sendall(b"!")
 
 
 def _received(end: socket.socket) -> bytes:
