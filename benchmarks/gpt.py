@@ -175,7 +175,7 @@ class Trainer:
         no_sync = [chunk.no_sync for chunk in self.chunks]
         self.config.no_sync_func = no_sync if num_chunks > 1 else no_sync[0]
 
-    def settings(self, kind: str, num_splits: int, balance: str) -> Settings:
+    def settings(self, kind: str, num_splits: int, balance: str, multiple: int = 1) -> Settings:
         """Return what the flags of Seq1F1B would say."""
         return Settings(
             num_splits=num_splits,
@@ -183,7 +183,7 @@ class Trainer:
             attention=None,
             metrics_file=None,
             sequence_length=self.options.length,
-            multiple=1,
+            multiple=multiple,
             cost=self.cost,
             kind=kind,
         )

@@ -38,24 +38,29 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Contender:
-    """A schedule: in Megatron's own loop (auto) or in the executor, on how many splits, cut how."""
+    """A schedule: in Megatron's own loop (auto) or in the executor, on how many splits, cut how.
+
+    multiple: what lengths are multiples of.
+    """
 
     name: str
     kind: str = "1f1b"
     num_splits: int = 1
     balance: str = "average"
+    multiple: int = 1
 
     def settings(self, trainer: Trainer) -> Settings:
         """Return what the flags of Seq1F1B would say."""
-        return trainer.settings(self.kind, self.num_splits, self.balance)
+        return trainer.settings(self.kind, self.num_splits, self.balance, self.multiple)
 
 
-def contenders(splits: list[int]) -> list[Contender]:
+def contenders(splits: list[int], multiples: list[int]) -> list[Contender]:
     """Return Megatron's loop first, which is what all others are compared with."""
     cut = [
-        Contender(f"Seq1F1B s={s} {balance}", "1f1b", s, balance)
+        Contender(f"Seq1F1B s={s} {balance}" + f" in {n}s" * (n > 1), "1f1b", s, balance, n)
         for s in splits
-        for balance in ("average", "uniform_comp")
+        for balance, ns in (("average", [1]), ("uniform_comp", multiples))
+        for n in ns
     ]
     return [
         Contender("Megatron 1F1B loop", "auto"),
@@ -66,7 +71,7 @@ def contenders(splits: list[int]) -> list[Contender]:
 
 def measure(trainer: Trainer, num_micro_batches: int) -> list[dict[str, Any]]:
     """Alternate all contenders and return a row for each."""
-    field = contenders(trainer.options.splits)
+    field = contenders(trainer.options.splits, trainer.options.multiples)
     runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in field}
     for round_number in range(trainer.options.rounds + 1):
         first = round_number % len(field)
@@ -149,6 +154,9 @@ def main() -> None:
     add_model_arguments(parser, layers=2, hidden=256)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--splits", type=int, nargs="+", default=[4])
+    parser.add_argument(
+        "--multiples", type=int, nargs="+", default=[1, 256], help="see --seq1f1b-multiple"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()

@@ -60,6 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "cut by its own. (default: %(default)s)",
     )
     group.add_argument(
+        "--seq1f1b-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Make the length of every sub-sequence a multiple of N tokens. Kernels compute so "
+        "many rows at a time, and what is left over costs a whole block. What parallelism needs "
+        "is seen to without it. (default: %(default)s)",
+    )
+    group.add_argument(
         "--enable-seq1f1b",
         action="store_true",
         help=f"Same as --seq1f1b-splits {MINDSPEED_SPLITS} when no number of splits is given.",
@@ -248,6 +257,8 @@ def _split_faults(settings: Settings, args: argparse.Namespace) -> list[str]:
     given = f"--seq1f1b-splits {settings.num_splits}"
     if settings.num_splits < 1:
         return [f"{given}: must be at least 1 (1 is Megatron's own schedule)"]
+    if args.seq1f1b_multiple < 1:
+        return [f"--seq1f1b-multiple {args.seq1f1b_multiple}: must be at least 1"]
     try:
         settings.cut(settings.sequence_length)
     except PartitionError as error:
@@ -256,15 +267,16 @@ def _split_faults(settings: Settings, args: argparse.Namespace) -> list[str]:
 
 
 def _multiple(args: argparse.Namespace) -> int:
-    """Return what the length of a sub-sequence is a multiple of, so that ranks can share it.
+    """Return what the length of a sub-sequence is a multiple of.
 
     Context parallelism deals it out in two pieces per rank, sequence parallelism deals a rank's
-    tokens out again, and of those a product in FP8 or FP4 takes so many at a time.
+    tokens out again, and of those a product in FP8 or FP4 takes so many at a time. The user may ask
+    for more.
     """
     cp = args.context_parallel_size
     tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
     shares = cp * math.lcm(2, tp) if cp > 1 else tp
-    return math.lcm(shares, cp * tp * _num_tokens_of_a_product(args))
+    return math.lcm(shares, cp * tp * _num_tokens_of_a_product(args), args.seq1f1b_multiple)
 
 
 def _num_tokens_of_a_product(args: argparse.Namespace) -> int:
@@ -283,6 +295,7 @@ def _why_multiple(args: argparse.Namespace) -> str:
                 args.tensor_model_parallel_size,
                 args.sequence_parallel,
             ),
+            ("--seq1f1b-multiple", args.seq1f1b_multiple, True),
         )
         if counts and size > 1
     ]

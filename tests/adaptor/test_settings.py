@@ -95,6 +95,14 @@ REFUSED = {
         shlex.split("--seq1f1b-splits 33 --context-parallel-size 2 --cp-comm-type a2a"),
         ["33 splits of at least 4 token(s)", "--context-parallel-size 2", "4 at a time"],
     ),
+    "a multiple of nothing": (
+        shlex.split("--seq1f1b-splits 4 --seq1f1b-multiple 0"),
+        ["--seq1f1b-multiple 0: must be at least 1"],
+    ),
+    "blocks too large for the sequence": (
+        shlex.split("--seq1f1b-splits 4 --seq1f1b-multiple 64"),
+        ["4 splits of at least 64 token(s)", "(--seq1f1b-multiple 64 take tokens 64 at a time)"],
+    ),
     "experts under tensor parallelism alone": (
         [*_EXPERTS, "--tensor-model-parallel-size", "2"],
         ["--num-experts trains under --tensor-model-parallel-size only with --sequence-parallel"],
@@ -215,6 +223,20 @@ ACCEPTED = {
         ["--seq1f1b-splits", "3", "--seq1f1b-balance-method", "average"],
         3,
         [43, 43, 42],
+    ),
+    "in blocks of kernels": (
+        shlex.split("--seq1f1b-splits 3 --seq1f1b-multiple 16"),
+        3,
+        [48, 48, 32],
+    ),
+    "in blocks that ranks share": (
+        shlex.split(
+            "--seq1f1b-splits 3 --seq1f1b-balance-method average --seq1f1b-multiple 3 "
+            "--seq-length 120 --max-position-embeddings 128 "
+            "--tensor-model-parallel-size 2 --sequence-parallel"
+        ),
+        3,
+        [42, 42, 36],
     ),
     "aligned to tensor parallelism": (
         shlex.split(

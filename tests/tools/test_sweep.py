@@ -465,6 +465,7 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
         ("SPLITS", "-1", "'-1' is not a whole number from 1 up"),
         ("SPLITS", ",", "there is no value in it"),
         ("BALANCE_METHODS", "even", "'even' is not one of average, uniform_comp"),
+        ("MULTIPLE", "0", "'0' is not a whole number from 1 up"),
         ("VPP_SIZES", "1.5", "'1.5' is not a whole number from 1 up"),
         ("TP", "two", "'two' is not a whole number from 1 up"),
         ("PP", "0", "'0' is not a whole number from 1 up"),
@@ -569,6 +570,30 @@ def reasons(num_gpus: int = 0, **variables: str) -> dict[str, str]:
 )
 def test_impossible_parallelism_is_skipped(num_gpus, variables, reason):
     assert set(reasons(num_gpus, MICRO_BATCHES="2", **variables).values()) == {reason}
+
+
+@pytest.mark.parametrize(
+    "num_gpus,variables,multiple",
+    [
+        (0, {}, 256),
+        (0, {"SPLITS": "1 5"}, 1),  # 819 tokens each leave no choice among blocks
+        (0, {"SEQ_LENGTHS": "5000"}, 1),  # not made of blocks
+        (0, {"MULTIPLE": "64"}, 64),
+        (2, {}, 1),
+        (2, {"MULTIPLE": "128"}, 128),
+    ],
+)
+def test_lengths_are_multiples_of_blocks_where_there_is_a_choice(num_gpus, variables, multiple):
+    settings = read_settings(variables, num_gpus)
+    found = {run.num_splits > 1: run.multiple for run in plan_runs(settings)}
+    assert found == {False: 1, True: multiple}
+
+
+def test_blocks_that_do_not_fit_are_skipped():
+    found = reasons(MULTIPLE="3000", MICRO_BATCHES="2")
+    assert found.pop("1f1b") == ""
+    for reason in found.values():
+        assert reason.startswith("sequence length 4096 is not a multiple of 3000")
 
 
 def test_megatrons_interleaved_loop_needs_whole_rounds_of_micro_batches():

@@ -51,6 +51,8 @@ def training_arguments(
         arguments += ["--num-virtual-stages-per-pipeline-rank", str(run.num_chunks)]
     if run.balance_method is not None:
         arguments += ["--seq1f1b-balance-method", run.balance_method]
+    if run.multiple > 1:
+        arguments += ["--seq1f1b-multiple", str(run.multiple)]
     if settings.has_gpu:
         arguments += ["--bf16", "--use-distributed-optimizer"]
         arguments += ["--sequence-parallel"] if run.tp > 1 else []

@@ -1,5 +1,6 @@
 """The runs of a sweep, and which of them make no sense."""
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,6 +16,7 @@ class Run:
     """One training run.
 
     balance_method: None with one split, where nothing is cut.
+    multiple: of what the lengths of sub-sequences are multiples.
     num_processes: all processes of all nodes; those beyond TP x PP are data parallel.
     """
 
@@ -23,6 +25,7 @@ class Run:
     num_micro_batches: int
     num_splits: int
     balance_method: str | None
+    multiple: int
     num_chunks: int
     tp: int
     pp: int
@@ -90,6 +93,7 @@ def plan_runs(settings: Settings) -> list[Run]:
             num_micro_batches,
             num_splits,
             balance_method,
+            settings.multiple_of(seq_length, num_splits) if num_splits > 1 else 1,
             num_chunks,
             tp,
             pp,
@@ -148,7 +152,7 @@ def _no_schedule(run: Run, settings: Settings) -> str:
             run.num_splits,
             method=run.balance_method,  # type: ignore[arg-type]
             cost=run.model.token_cost,
-            multiple=run.tp if settings.has_gpu else 1,
+            multiple=math.lcm(run.tp if settings.has_gpu else 1, run.multiple),
         )
         validate(lower(interleaved(run.pp, run.num_chunks, run.num_micro_batches, run.num_splits)))
     except (PartitionError, ScheduleError) as error:

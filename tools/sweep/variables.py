@@ -106,6 +106,14 @@ VARIABLES = (
         "how sequences are cut",
     ),
     Variable(
+        "MULTIPLE",
+        _whole,
+        "256, or 1 below 1024",
+        "1",
+        "tokens that sub-sequences are cut in multiples of; 1024 is their mean length",
+        computed=True,
+    ),
+    Variable(
         "VPP_SIZES", _set_of(_whole), "1", "1", "model chunks of a stage; from 2: interleaved"
     ),
     Variable("TP", _set_of(_whole), "1", "1", "tensor-parallel sizes"),
