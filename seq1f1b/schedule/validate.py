@@ -15,16 +15,17 @@ class ScheduleError(ValueError):
 def validate(schedule: Schedule, *, max_live: int | Sequence[int] | None = None) -> None:
     """Raise ScheduleError unless ``schedule`` can run to its end, even if every send blocks.
 
-    Checks that each stage computes each sub-sequence exactly once forward and, if it trains,
-    backward; that sends and receives pair up in the same order at both ends of each link; that
-    the stages, run in their own orders, never wait for each other in a circle (this covers the
-    order of sub-sequences inside a stage, which carry keys, values and their gradients); and, with
-    ``max_live`` (of all stages, or of each), that no stage holds more sub-sequences than that
-    between forward and backward. The message names the stage, the step, the action and what it
-    waits for.
+    Checks that each stage computes each sub-sequence exactly once forward and, if any stage goes
+    backward, once backward; that sends and receives pair up in the same order at both ends of each
+    link; that the stages, run in their own orders, never wait for each other in a circle (this
+    covers the order of sub-sequences inside a stage, which carry keys, values and their gradients);
+    and, with ``max_live`` (of all stages, or of each), that no stage holds more sub-sequences than
+    that between forward and backward. The message names the stage, the step, the action and what
+    it waits for.
     """
+    trains = any(a.kind in (Kind.B, Kind.I) for actions in schedule.stages for a in actions)
     for stage, actions in enumerate(schedule.stages):
-        _check_complete(schedule, stage, actions)
+        _check_complete(schedule, stage, actions, trains=trains)
     if schedule.lowered:
         _check_pairs(schedule)
     _run(schedule)
@@ -62,7 +63,9 @@ def _check_live(schedule: Schedule, limits: Sequence[int]) -> None:
                 )
 
 
-def _check_complete(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> None:
+def _check_complete(
+    schedule: Schedule, stage: int, actions: tuple[Action, ...], *, trains: bool
+) -> None:
     parts = {
         (chunk, micro_batch, sub_sequence)
         for chunk in range(schedule.num_chunks)
@@ -75,7 +78,6 @@ def _check_complete(schedule: Schedule, stage: int, actions: tuple[Action, ...])
             raise ScheduleError(f"{_at(schedule, stage, step)}: there is no such part of the model")
         if counts[action] > 1:
             raise ScheduleError(f"{_at(schedule, stage, step)}: runs {counts[action]} times")
-    trains = any(action.kind in (Kind.B, Kind.I) for action in actions)
     for part in sorted(parts):
         have = {kind for kind in (Kind.F, Kind.B, Kind.I, Kind.W) if Action(kind, *part) in counts}
         if have == {Kind.F, Kind.B} or have == {Kind.F, Kind.I, Kind.W}:

@@ -27,8 +27,9 @@ def partition(
     ``average`` makes lengths that differ by at most one ``multiple``, the longer ones first,
     because early tokens cost less. ``uniform_comp`` puts cut i where the tokens before it hold
     i / num_splits of ``cost`` (arXiv 2406.03488, section 3.3), solved in closed form and rounded to
-    ``multiple``, the number of tokens that tensor, context and sequence parallelism deal out
-    together. A ``PackedCost`` makes that the cut of one micro-batch's own documents.
+    ``multiple``, the number of tokens that tensor, context and sequence parallelism deal out, or
+    that kernels compute, together. A ``PackedCost`` makes that the cut of one micro-batch's own
+    documents.
 
     Returns the lengths, each a positive multiple of ``multiple``; they sum to ``length``.
     Raises PartitionError when there are fewer tokens than that takes.

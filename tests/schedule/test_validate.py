@@ -164,6 +164,13 @@ def refusal(schedule: Schedule, max_live: int | None = None) -> str:
     return str(error.value)
 
 
+def test_a_stage_without_any_backward_is_not_taken_for_an_evaluation():
+    schedule = gpipe(2, 1, 1)
+    forwards = [action for action in schedule.stages[0] if action.kind is Kind.F]
+    message = refusal(with_stage(schedule, 0, forwards))
+    assert "stage 0 needs exactly one F and one B (or I and W) of 0F0.0; it has F" in message
+
+
 def test_forwards_of_sub_sequences_out_of_order_lack_the_keys_of_the_earlier():
     schedule = swap(one_f_one_b(2, 2, 2), 0, "0F0.0", "0F0.1")
     assert "stage 0, step 0, 0F0.1: waits for 0F0.0 on stage 0" in refusal(schedule)
