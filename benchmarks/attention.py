@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import device_name, save, sentence, setting
+from report import device_name, save, setting, table
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,7 +48,7 @@ def main() -> None:
         rounds=options.rounds,
         device=device_name() if device.type == "cuda" else "cpu",
     )
-    report = "\n".join([sentence(about), "", HEADER, *map(line, rows), ""])
+    report = table(about, HEADER, map(line, rows))
     if options.output:
         save(options.output, about, rows, report)
 

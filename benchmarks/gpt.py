@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
+from report import device_name, setting
 
 from megatron.adaptor.metrics import bubble_ratios
 from megatron.adaptor.session import Session
@@ -33,6 +34,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, layers: int, hidden:
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+
+
+def about_model(options: argparse.Namespace, **others: Any) -> dict[str, Any]:
+    """Return what the model is, what the caller adds, and where and with what it ran."""
+    return setting(
+        layers=options.layers,
+        hidden=options.hidden_size,
+        heads=options.heads,
+        dtype=options.dtype,
+        **others,
+        device=device_name(),
+    )
 
 
 def make_groups() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import save, sentence, setting
+from report import save, setting, table
 
 from seq1f1b.runtime import ActionClock, ExecutionContext, execute
 from seq1f1b.schedule import Schedule, interleaved, lower, zb_h1
@@ -89,7 +89,7 @@ def main() -> None:
     about = setting(stages=p, micro_batches=m, splits=s, rounds=options.rounds)
     lines = [f"| {row['schedule']} | {row['us_per_action']:.1f} |" for row in rows]
     header = "| schedule | host us per action |\n|---|---|"
-    report = "\n".join([sentence(about), "", header, *lines, ""])
+    report = table(about, header, lines)
     print(report)
     if options.output:
         save(options.output, about, rows, report)

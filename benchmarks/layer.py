@@ -19,8 +19,8 @@ session = megatron.adaptor.install()
 
 import torch.distributed as dist
 from alone import Bench, be_alone
-from gpt import add_model_arguments
-from report import device_name, save, sentence, setting
+from gpt import about_model, add_model_arguments
+from report import save, table
 
 MIB = 2**20
 HEADER = """\
@@ -77,16 +77,9 @@ def main() -> None:
         measured = measure(options, length)
         print(*map(line, measured), sep="\n", flush=True)
         rows += measured
-    about = setting(
-        layers=options.layers,
-        hidden=options.hidden_size,
-        heads=options.heads,
-        dtype=options.dtype,
-        rounds=options.rounds,
-        device=device_name(),
-    )
+    about = about_model(options, rounds=options.rounds)
     if options.output:
-        report = "\n".join([sentence(about), "", HEADER, *map(line, rows), ""])
+        report = table(about, HEADER, map(line, rows))
         save(options.output, about, rows, report)
     dist.destroy_process_group()
 

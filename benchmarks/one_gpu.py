@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import device_name, save, sentence, setting
+from report import device_name, save, setting, table
 
 from seq1f1b.schedule import interleaved, one_f_one_b, peak_live
 
@@ -142,7 +142,7 @@ def main() -> None:
         "First stage's activation memory over 1F1B's: measured with the carry, in theory without.\n"
         "\n| stages | s | worst loss difference | measured | theory | carry |\n|" + "---|" * 6
     )
-    report = "\n".join([sentence(about), "", header, *lines, ""])
+    report = table(about, header, lines)
     print(report)
     if options.output:
         save(options.output, about, rows, report)

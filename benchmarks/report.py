@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def setting(**others: Any) -> dict[str, Any]:
 def sentence(setting: dict[str, Any]) -> str:
     """Return the setting in one line of text."""
     return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items()) + "."
+
+
+def table(setting: dict[str, Any], header: str, lines: Iterable[str]) -> str:
+    """Return the setting and a table in Markdown; ``header`` ends with the line of dashes."""
+    return "\n".join([sentence(setting), "", header, *lines, ""])
 
 
 def save(output: Path, setting: dict[str, Any], rows: Any, text: str) -> None:

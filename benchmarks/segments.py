@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from one_gpu import about_training, add_training_arguments, train
-from report import save, sentence
+from report import save, table
 
 MIB = re.compile(r"\[Rank 0\] .* max allocated: ([\d.]+) .* max reserved: ([\d.]+)")
 HEADER = """\
@@ -67,7 +67,7 @@ def main() -> None:
         for switch in (False, True)
     ]
     about = about_training(options)
-    report = "\n".join([sentence(about), "", HEADER, *map(line, rows), ""])
+    report = table(about, HEADER, map(line, rows))
     print(report)
     if options.output:
         save(options.output, about, rows, report)

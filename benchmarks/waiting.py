@@ -24,8 +24,8 @@ session = megatron.adaptor.install()
 
 import torch.distributed as dist
 from alone import Bench, Cut, be_alone
-from gpt import add_model_arguments
-from report import device_name, save, sentence, setting
+from gpt import about_model, add_model_arguments
+from report import device_name, save, table
 from torch.profiler import ProfilerActivity, profile
 
 ROLE = "middle"
@@ -125,15 +125,9 @@ def main() -> None:
             }
         )
         print(line(rows[-1]), flush=True)
-    about = setting(
-        layers=options.layers,
-        hidden=options.hidden_size,
-        heads=options.heads,
-        dtype=options.dtype,
-        device=device_name(),
-    )
+    about = about_model(options)
     if options.output:
-        report = "\n".join([sentence(about), "", HEADER, *map(line, rows), ""])
+        report = table(about, HEADER, map(line, rows))
         save(options.output, about, rows, report)
     dist.destroy_process_group()
 

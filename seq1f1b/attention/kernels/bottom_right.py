@@ -66,10 +66,7 @@ class BottomRight(CudaKernel):
         """See Kernel."""
         grad, q, k, v, out = (x.transpose(0, 1) for x in (grad_output, query, key, value, output))
         grads = self.run_backward(grad, q, k, v, out, log_sum_exp, scale, None, 0)
-        grad_query, grad_key, grad_value = (x.transpose(0, 1) for x in grads)
-        prefix = key.shape[0] - query.shape[0]
-        before = (grad_key[:prefix], grad_value[:prefix]) if prefix else None
-        return Gradients(grad_query, grad_key[prefix:], grad_value[prefix:], before)
+        return Gradients.of_all(*(x.transpose(0, 1) for x in grads))
 
     def forward_packed(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float

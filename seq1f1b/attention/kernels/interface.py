@@ -18,6 +18,13 @@ class Gradients:
     value: Tensor
     before: tuple[Tensor, Tensor] | None
 
+    @classmethod
+    def of_all(cls, query: Tensor, key: Tensor, value: Tensor) -> "Gradients":
+        """Take those of n queries and of all c + n keys and values, of one type."""
+        prefix = key.shape[0] - query.shape[0]
+        before = (key[:prefix], value[:prefix]) if prefix else None
+        return cls(query, key[prefix:], value[prefix:], before)
+
 
 class Kernel(Protocol):
     """Causal attention of the last n of c + n tokens over all of them.

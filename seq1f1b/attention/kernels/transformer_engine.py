@@ -77,9 +77,7 @@ class TransformerEngine(CudaKernel):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **_options(q, k, scale),
         )
-        prefix = key.shape[0] - query.shape[0]
-        before = (grad_key[:prefix], grad_value[:prefix]) if prefix else None
-        return Gradients(grad_query, grad_key[prefix:], grad_value[prefix:], before)
+        return Gradients.of_all(grad_query, grad_key, grad_value)
 
 
 def _options(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
