@@ -6,6 +6,7 @@ transformer-engine 2, and compute with the whole matrix of scores, on the CPU an
 
 import inspect
 import sys
+from functools import partial
 from itertools import accumulate, pairwise
 from types import ModuleType, SimpleNamespace
 
@@ -145,6 +146,27 @@ def flash_attn_3():
     return module
 
 
+def fused_attn_fwd(
+    is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype,
+    fused_attention_backend, attn_bias=None, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None,
+    page_table_k=None, page_table_v=None, s_quantizer=None, o_quantizer=None, attn_scale=None,
+    dropout=0.0, fast_zero_fill=True, qkv_layout="sbh3d", attn_bias_type="no_bias",
+    attn_mask_type="padding", window_size=(-1, -1), rng_gen=None, bottom_right_diagonal=None,
+):  # fmt: skip
+    """Signature of transformer-engine's; the last option is that of later versions."""
+
+
+def fused_attn_bwd(
+    max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, fake_dtype,
+    dqkv_dtype, aux_ctx_tensors, fused_attention_backend, cu_seqlens_q_padded=None,
+    cu_seqlens_kv_padded=None, s_quantizer=None, dp_quantizer=None, dqkv_quantizer=None,
+    attn_scale=None, dropout=0.0, fast_zero_fill=True, qkv_layout="sbh3d",
+    attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1),
+    deterministic=False, bottom_right_diagonal=None,
+):  # fmt: skip
+    """Signature of transformer-engine's; the last option is that of later versions."""
+
+
 def transformer_engine(is_told_alignment):
     """The two modules that are used of it; later versions are told the mask's alignment apart."""
     functions = ModuleType("transformer_engine.pytorch.cpp_extensions.fused_attn")
@@ -153,70 +175,60 @@ def transformer_engine(is_told_alignment):
     functions.deterministic = []
     constants.TE_DType = {torch.float64: object()}
 
-    def check(
-        q, k, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, fake_dtype,
-        fused_attention_backend, attn_bias_type, dropout, qkv_layout, attn_mask_type, window_size,
-        bottom_right_diagonal,
-    ):  # fmt: skip
-        assert bottom_right_diagonal is (True if is_told_alignment else None)
-        assert (attn_bias_type, dropout, window_size) == ("no_bias", 0.0, (-1, 0))
-        assert (qkv_layout, attn_mask_type) == ("sbhd_sbhd_sbhd", "causal_bottom_right")
-        assert (max_seqlen_q, max_seqlen_kv, fake_dtype) == (q.shape[0], k.shape[0], q.dtype)
-        for bounds, x in ((cu_seqlens_q, q), (cu_seqlens_kv, k)):
+    def with_signature(of, function):
+        """Check what both passes are given alike, then call ``function`` with all of it."""
+        options = list(inspect.signature(of).parameters.values())
+        signature = inspect.Signature(options if is_told_alignment else options[:-1])
+
+        def called(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = SimpleNamespace(**bound.arguments)
+            check(given)
+            return function(given)
+
+        called.__signature__ = signature
+        return called
+
+    def check(given):
+        assert not is_told_alignment or given.bottom_right_diagonal is True
+        assert (given.attn_bias_type, given.dropout, given.window_size) == ("no_bias", 0.0, (-1, 0))
+        layout_and_mask = given.qkv_layout, given.attn_mask_type
+        assert layout_and_mask == ("sbhd_sbhd_sbhd", "causal_bottom_right")
+        lengths = given.max_seqlen_q, given.max_seqlen_kv
+        assert lengths == (given.q.shape[0], given.k.shape[0])
+        assert given.fake_dtype == given.q.dtype
+        for bounds, x in ((given.cu_seqlens_q, given.q), (given.cu_seqlens_kv, given.k)):
             assert bounds.dtype == torch.int32
             assert bounds.tolist() == [x.shape[0] * i for i in range(x.shape[1] + 1)]
-        assert fused_attention_backend is functions.FusedAttnBackend["F16_arbitrary_seqlen"]
+        backend = functions.FusedAttnBackend["F16_arbitrary_seqlen"]
+        assert given.fused_attention_backend is backend
 
     def attend_rows(q, k, v, scale):
         assert all(x.is_contiguous() for x in (q, k, v))
         output, log_sum_exp = attend(*(x.transpose(0, 1) for x in (q, k, v)), scale)
         return output.transpose(0, 1).contiguous(), log_sum_exp[..., None]
 
-    def forward(
-        is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype,
-        fused_attention_backend, attn_bias=None, cu_seqlens_q_padded=None,
-        cu_seqlens_kv_padded=None, page_table_k=None, page_table_v=None, s_quantizer=None,
-        o_quantizer=None, attn_scale=None, dropout=0.0, fast_zero_fill=True, qkv_layout="sbh3d",
-        attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1), rng_gen=None,
-        bottom_right_diagonal=None,
-    ):  # fmt: skip
-        assert is_training
-        check(
-            q, k, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, fake_dtype,
-            fused_attention_backend, attn_bias_type, dropout, qkv_layout, attn_mask_type,
-            window_size, bottom_right_diagonal,
-        )  # fmt: skip
-        output, log_sum_exp = attend_rows(q, k, v, attn_scale)
+    def forward(given):
+        assert given.is_training
+        output, log_sum_exp = attend_rows(given.q, given.k, given.v, given.attn_scale)
         return output, [log_sum_exp, torch.zeros(2, dtype=torch.int64)]
 
-    def backward(
-        max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, fake_dtype,
-        dqkv_dtype, aux_ctx_tensors, fused_attention_backend, cu_seqlens_q_padded=None,
-        cu_seqlens_kv_padded=None, s_quantizer=None, dp_quantizer=None, dqkv_quantizer=None,
-        attn_scale=None, dropout=0.0, fast_zero_fill=True, qkv_layout="sbh3d",
-        attn_bias_type="no_bias", attn_mask_type="padding", window_size=(-1, -1),
-        deterministic=False, bottom_right_diagonal=None,
-    ):  # fmt: skip
-        check(
-            q, k, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, fake_dtype,
-            fused_attention_backend, attn_bias_type, dropout, qkv_layout, attn_mask_type,
-            window_size, bottom_right_diagonal,
-        )  # fmt: skip
-        assert dqkv_dtype is constants.TE_DType[q.dtype]
-        log_sum_exp, state = aux_ctx_tensors
+    def backward(given):
+        assert given.dqkv_dtype is constants.TE_DType[given.q.dtype]
+        log_sum_exp, state = given.aux_ctx_tensors
         assert (state.dtype, state.shape) == (torch.int64, (2,))
-        assert o.is_contiguous()
-        assert d_o.is_contiguous()
-        functions.deterministic.append(deterministic)
-        grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        differentiate(lambda *x: attend_rows(*x, attn_scale), d_o, (q, k, v), o, log_sum_exp, grads)
+        assert given.o.is_contiguous()
+        assert given.d_o.is_contiguous()
+        functions.deterministic.append(given.deterministic)
+        tensors = given.q, given.k, given.v
+        grads = tuple(torch.empty_like(x) for x in tensors)
+        again = partial(attend_rows, scale=given.attn_scale)
+        differentiate(again, given.d_o, tensors, given.o, log_sum_exp, grads)
         return *grads, None
 
-    if not is_told_alignment:
-        parameters = dict(inspect.signature(forward).parameters)
-        del parameters["bottom_right_diagonal"]
-        forward.__signature__ = inspect.Signature(list(parameters.values()))
-    functions.fused_attn_fwd, functions.fused_attn_bwd = forward, backward
+    functions.fused_attn_fwd = with_signature(fused_attn_fwd, forward)
+    functions.fused_attn_bwd = with_signature(fused_attn_bwd, backward)
     return functions, constants
 
 
