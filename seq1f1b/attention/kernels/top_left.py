@@ -63,9 +63,10 @@ class TopLeft(ABC):
         )
         if prefix:
             before, before_lse = self.run_forward(
-                q, k[:, :, :prefix], v[:, :, :prefix], scale, causal=False
+                _as_rows(q), k[:, :, :prefix], v[:, :, :prefix], scale, causal=False
             )
-            output, before = raised(output), raised(before)
+            output, before = raised(output), raised(before).view(q.shape)
+            before_lse = before_lse.view(log_sum_exp.shape)
             output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None])
             log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
         return _as(_unfold(output, kv_heads), dtype), log_sum_exp
@@ -91,18 +92,22 @@ class TopLeft(ABC):
         q, k, v = (_fold(x, kv_heads) for x in (query, key, value))
         grad, out = _fold(grad_output, kv_heads), _fold(output, kv_heads)
 
-        def backward(start: int, stop: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            k_part, v_part = k[:, :, start:stop], v[:, :, start:stop]
+        def backward(
+            rows: tuple[Tensor, ...], tokens: slice, causal: bool
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            grad, q, out, lse = rows
             grad_query, grad_key, grad_value = self.run_backward(
-                grad, q, k_part, v_part, out, log_sum_exp, scale, causal=causal
+                grad, q, k[:, :, tokens], v[:, :, tokens], out, lse, scale, causal=causal
             )
             return grad_query, _unfold(grad_key, kv_heads), _unfold(grad_value, kv_heads)
 
-        grad_query, grad_key, grad_value = backward(prefix, key.shape[0], True)
+        rows: tuple[Tensor, ...] = (grad, q, out, log_sum_exp)
+        grad_query, grad_key, grad_value = backward(rows, slice(prefix, None), True)
         before = None
         if prefix:
-            before_query, before_key, before_value = backward(0, prefix, False)
-            grad_query = raised(grad_query).add_(before_query)
+            rows = tuple(_as_rows(x) for x in rows)
+            before_query, before_key, before_value = backward(rows, slice(prefix), False)
+            grad_query = raised(grad_query).add_(before_query.view(grad_query.shape))
             before = before_key, before_value
         return Gradients(
             _as(_unfold(grad_query, kv_heads), dtype),
@@ -128,6 +133,15 @@ def _fold(x: Tensor, kv_heads: int) -> Tensor:
     """
     n, b, heads, dim = x.shape
     return x.reshape(n, b * kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """``[folded, group, n, ...]`` to ``[folded, 1, group * n, ...]``.
+
+    Where no mask tells them apart, queries of a group are rows of one head: more of them for a
+    kernel's blocks, and gradients of keys and values come summed.
+    """
+    return x.reshape(x.shape[0], 1, -1, *x.shape[3:])
 
 
 def _unfold(x: Tensor, kv_heads: int) -> Tensor:
