@@ -10,7 +10,6 @@ step are replayed in the simulator, and its word on the speedup stands beside th
 # ruff: noqa: E402
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +25,8 @@ import megatron.adaptor
 session = megatron.adaptor.install()
 
 import torch.distributed as dist
-from gpt import Trainer, add_model_arguments, make_batch, make_chunks, make_groups
-from report import save, sentence, setting
+from gpt import Trainer, about_model, add_model_arguments, be_a_stage, make_batch, make_chunks
+from report import save, sentence
 from torch_pipelining import SCHEDULES, TorchTrainer
 
 from seq1f1b.schedule import Schedule, interleaved, lower
@@ -220,22 +219,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {int(os.environ["RANK"]) % os.cpu_count()})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    make_groups()
+    be_a_stage()
     rows = measure(options)
     if dist.get_rank() == 0:
-        about = setting(
-            layers=options.layers,
-            hidden=options.hidden_size,
-            heads=options.heads,
-            vocabulary=options.vocab_size,
+        about = about_model(
+            options,
             tokens=options.length,
             micro_batches=_NUM_MICRO_BATCHES,
             stages=dist.get_world_size(),
             threads_a_stage=1,
-            precision="float32",
             cuts="uniform_comp",
             alternating_rounds=options.rounds,
         )

@@ -1,6 +1,7 @@
 """A GPT of Megatron's cut into this rank's stage, and one training step of it, measured."""
 
 import argparse
+import os
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -31,6 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, layers: int, hidden:
     parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--hidden-size", type=int, default=hidden)
     parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--query-groups", type=int, help="default: as many as heads")
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -42,10 +44,20 @@ def about_model(options: argparse.Namespace, **others: Any) -> dict[str, Any]:
         layers=options.layers,
         hidden=options.hidden_size,
         heads=options.heads,
+        query_groups=options.query_groups or options.heads,
+        vocabulary=options.vocab_size,
         dtype=options.dtype,
         **others,
         device=device_name(),
     )
+
+
+def be_a_stage() -> None:
+    """Take a core and a thread for this rank, and make it a stage of the pipeline."""
+    os.sched_setaffinity(0, {int(os.environ["RANK"]) % os.cpu_count()})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    make_groups()
 
 
 def make_groups() -> None:
@@ -62,6 +74,7 @@ def token_cost(options: argparse.Namespace) -> TokenCost:
         num_layers=options.layers,
         hidden_size=options.hidden_size,
         num_attention_heads=options.heads,
+        num_query_groups=options.query_groups,
         vocab_size=options.vocab_size,
     )
 
@@ -133,6 +146,7 @@ def make_config(options: argparse.Namespace, num_layers: int, **others: Any) -> 
         num_layers=num_layers,
         hidden_size=options.hidden_size,
         num_attention_heads=options.heads,
+        num_query_groups=options.query_groups,
         pipeline_dtype=getattr(torch, options.dtype),
         params_dtype=getattr(torch, options.dtype),
         bf16=options.dtype == "bfloat16",

@@ -11,23 +11,18 @@ beside what was measured.
 # ruff: noqa: E402
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import megatron.adaptor
 
 session = megatron.adaptor.install()
 
 import torch.distributed as dist
-from gpt import Trainer, add_model_arguments, make_batch, make_groups
+from gpt import Trainer, about_model, add_model_arguments, be_a_stage, make_batch
+from report import save, table
 
 from megatron.adaptor.settings import Settings
 from seq1f1b.sequence import imbalance
@@ -121,27 +116,21 @@ def measure(trainer: Trainer, num_micro_batches: int) -> list[dict[str, Any]]:
     ]
 
 
-def markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Return the report, a table in Markdown."""
-    lines = [
-        f"{options.layers} layers, hidden {options.hidden_size}, {options.heads} heads, vocabulary "
-        f"{options.vocab_size}, {options.length} tokens, float32, {dist.get_world_size()} stages, "
-        f"one core each; torch {torch.__version__}; medians of {options.rounds} alternating "
-        f"rounds; {platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}.",
-        "",
-        "| m | schedule | s/step | speedup | theory | computing s by stage | bubble by stage | "
-        "theory | activation MiB by stage | of which KV carry |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['micro_batches']} | {row['schedule']} | {row['seconds_median']:.3f} | "
-            f"{row['speedup']:.3f} | {row['speedup_in_theory']:.3f} | "
-            f"{_joined(row['busy_seconds'], '.3f')} | "
-            f"{_joined(row['bubble'], '.3f')} | {row['bubble_in_theory']:.3f} | "
-            f"{_joined(row['peak_mib'], '.1f')} | {_joined(row['carry_mib'], '.1f')} |"
-        )
-    return "\n".join(lines) + "\n"
+HEADER = (
+    "| m | schedule | s/step | speedup | theory | computing s by stage | bubble by stage | "
+    "theory | activation MiB by stage | of which KV carry |\n|" + "---|" * 10
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return ``row`` as a line of the table."""
+    return (
+        f"| {row['micro_batches']} | {row['schedule']} | {row['seconds_median']:.3f} | "
+        f"{row['speedup']:.3f} | {row['speedup_in_theory']:.3f} | "
+        f"{_joined(row['busy_seconds'], '.3f')} | "
+        f"{_joined(row['bubble'], '.3f')} | {row['bubble_in_theory']:.3f} | "
+        f"{_joined(row['peak_mib'], '.1f')} | {_joined(row['carry_mib'], '.1f')} |"
+    )
 
 
 def _joined(numbers: list[float], form: str) -> str:
@@ -152,27 +141,30 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser, layers=2, hidden=256)
+    parser.set_defaults(heads=4, query_groups=2)  # as the tiny model of exp.sh
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--splits", type=int, nargs="+", default=[4])
     parser.add_argument(
-        "--multiples", type=int, nargs="+", default=[1, 256], help="see --seq1f1b-multiple"
+        "--multiples", type=int, nargs="+", default=[1], help="see --seq1f1b-multiple"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
-    rank = int(os.environ["RANK"])
-    os.sched_setaffinity(0, {rank % os.cpu_count()})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    make_groups()
+    be_a_stage()
     trainer = Trainer(options, make_batch(options), session, num_chunks=1)
     rows = [row for m in options.micro_batches for row in measure(trainer, m)]
-    if rank == 0:
-        report = markdown(rows, options)
+    if dist.get_rank() == 0:
+        about = about_model(
+            options,
+            tokens=options.length,
+            stages=dist.get_world_size(),
+            threads_a_stage=1,
+            alternating_rounds=options.rounds,
+        )
+        report = table(about, HEADER, map(line, rows))
         print(report)
         if options.output:
-            options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(report)
+            save(options.output, about, rows, report)
     dist.barrier()
     dist.destroy_process_group()
 

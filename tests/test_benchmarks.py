@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.training_runs import torchrun
 from tests.programs import ask
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +28,9 @@ def draw(table, folder):
     return folder / f"{table.stem}.png"
 
 
-def rows_of(tmp_path, script, *arguments):
+def rows_of(tmp_path, script, *arguments, start=run_script):
     output = tmp_path / "result"
-    run = run_script(script, *arguments, "--output", output)
+    run = start(script, *arguments, "--output", output)
     assert run.returncode == 0, run.stderr[-3000:]
     document = json.loads(output.with_suffix(".json").read_text())
     assert document["setting"]["date"]
@@ -57,6 +58,25 @@ def test_layer(tmp_path):
     assert all(0.8 < row["bytes_over_whole"] < 1.2 for row in rows)
     (tmp_path / "images").mkdir()
     assert draw(tmp_path / "result.json", tmp_path / "images").stat().st_size > 1000
+
+
+def in_two_stages(script, *arguments):
+    return torchrun(2, ROOT / "benchmarks" / script, *arguments)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_schedules(tmp_path):
+    sizes = ("--hidden-size", 32, "--length", 64, "--micro-batches", 2, "--rounds", 1)
+    rows = rows_of(tmp_path, "schedules.py", *sizes, "--multiples", 1, 8, start=in_two_stages)
+    cuts = {row["schedule"]: row["lengths"] for row in rows}
+    assert list(cuts)[:2] == ["Megatron 1F1B loop", "executor, 1 split"]
+    assert cuts["Seq1F1B s=4 average"] == [16, 16, 16, 16]
+    assert all(length % 8 == 0 for length in cuts["Seq1F1B s=4 uniform_comp in 8s"])
+    assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-5
+    peaks = {row["schedule"]: row["peak_mib"][0] for row in rows}
+    # (s + p - 1) / (s p) = 0.625 of the activations, and the carry instead of keys and values
+    assert 0.6 < peaks["Seq1F1B s=4 average"] / peaks["Megatron 1F1B loop"] < 0.7
 
 
 def test_replay(tmp_path):

@@ -47,6 +47,9 @@ def training_arguments(
     """.split()
     arguments += ["--tokenizer-model", str(corpus.tokenizer), "--data-path", str(corpus.prefix)]
     arguments += ["--data-cache-path", str(corpus.cache)]
+    if run.model.num_query_groups is not None:
+        arguments += ["--group-query-attention"]
+        arguments += ["--num-query-groups", str(run.model.num_query_groups)]
     if run.num_chunks > 1:
         arguments += ["--num-virtual-stages-per-pipeline-rank", str(run.num_chunks)]
     if run.balance_method is not None:

@@ -7,12 +7,16 @@ from seq1f1b.sequence import TokenCost
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A GPT."""
+    """A GPT.
+
+    num_query_groups: heads of keys and values, shared by groups of heads; None: one for each head.
+    """
 
     name: str
     num_layers: int
     hidden_size: int
     num_attention_heads: int
+    num_query_groups: int | None = None
 
     @property
     def token_cost(self) -> TokenCost:
@@ -21,6 +25,7 @@ class ModelShape:
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
         )
 
 
@@ -31,7 +36,7 @@ class ModelShape:
 MODELS = {
     shape.name: shape
     for shape in (
-        ModelShape("tiny", 2, 256, 2),
+        ModelShape("tiny", 2, 256, 4, 2),
         ModelShape("tiny-deep", 4, 128, 2),
         ModelShape("1.3b", 24, 2048, 16),
         ModelShape("2.7b", 32, 2560, 32),

@@ -93,7 +93,7 @@ def plan_runs(settings: Settings) -> list[Run]:
             num_micro_batches,
             num_splits,
             balance_method,
-            settings.multiple_of(seq_length, num_splits) if num_splits > 1 else 1,
+            settings.multiple if num_splits > 1 else 1,
             num_chunks,
             tp,
             pp,

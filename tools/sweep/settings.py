@@ -14,7 +14,6 @@ _AUTHORS_STAGES = 8
 _CPU_ITERATIONS = 20
 _CPU_ITERATIONS_OF_LONG_STEPS = 10  # from 3 micro-batches on, so that all ends in minutes
 _GPU_ITERATIONS = 20
-_CPU_BLOCK = 256  # rows that torch's attention for CPUs computes at a time, from 768 on
 
 
 class SettingsError(ValueError):
@@ -35,7 +34,7 @@ class Settings:
     micro_batches: tuple[int, ...]
     splits: tuple[int, ...]
     balance_methods: tuple[str, ...]
-    multiple: int | None
+    multiple: int
     vpp_sizes: tuple[int, ...]
     tp: tuple[int, ...]
     pp: tuple[int, ...]
@@ -65,16 +64,6 @@ class Settings:
         if self.has_gpu:
             return _GPU_ITERATIONS
         return _CPU_ITERATIONS if num_micro_batches < 3 else _CPU_ITERATIONS_OF_LONG_STEPS
-
-    def multiple_of(self, seq_length: int, num_splits: int) -> int:
-        """Return what lengths of sub-sequences are multiples of.
-
-        The default on a CPU is its kernel's block, where cuts can still be chosen among some.
-        """
-        if self.multiple is not None:
-            return self.multiple
-        in_blocks = seq_length % _CPU_BLOCK == 0 and seq_length >= 4 * _CPU_BLOCK * num_splits
-        return _CPU_BLOCK if in_blocks and not self.has_gpu else 1
 
 
 def read_settings(environ: Mapping[str, str], num_gpus: int) -> Settings:

@@ -105,14 +105,7 @@ VARIABLES = (
         "average uniform_comp",
         "how sequences are cut",
     ),
-    Variable(
-        "MULTIPLE",
-        _whole,
-        "256, or 1 below 1024",
-        "1",
-        "tokens that sub-sequences are cut in multiples of; 1024 is their mean length",
-        computed=True,
-    ),
+    Variable("MULTIPLE", _whole, "1", "1", "tokens that sub-sequences are cut in multiples of"),
     Variable(
         "VPP_SIZES", _set_of(_whole), "1", "1", "model chunks of a stage; from 2: interleaved"
     ),
