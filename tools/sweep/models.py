@@ -30,9 +30,10 @@ class ModelShape:
 
 
 # tiny suits two cores without a GPU: a layer for each of two stages, wide enough that computing
-# outweighs calling, with a vocabulary (see VOCAB_SIZE) so small that the output layer hardly adds
-# to the last stage. tiny-deep has layers enough for two model chunks a stage. The others are the
-# shapes of the authors' scripts.
+# outweighs calling, with heads that share keys and values as those of current models do, and a
+# vocabulary (see VOCAB_SIZE) so small that the output layer hardly adds to the last stage.
+# tiny-deep has layers enough for two model chunks a stage. The others are the shapes of the
+# authors' scripts.
 MODELS = {
     shape.name: shape
     for shape in (
