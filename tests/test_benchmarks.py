@@ -79,6 +79,19 @@ def test_schedules(tmp_path):
     assert 0.6 < peaks["Seq1F1B s=4 average"] / peaks["Megatron 1F1B loop"] < 0.7
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_families(tmp_path):
+    sizes = ("--layers", 4, "--hidden-size", 32, "--length", 64, "--rounds", 1)
+    rows = rows_of(tmp_path, "families.py", *sizes, start=in_two_stages)
+    replayed = {row["schedule"] for row in rows if row["seconds_replayed"] is not None}
+    of_torch = {row["schedule"] for row in rows} - replayed
+    assert len(replayed) == 9
+    assert len(of_torch) == 3
+    assert all(name.startswith("torch Schedule") for name in of_torch)
+    assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-4
+
+
 def test_replay(tmp_path):
     sizes = ("--layers", 4, "--hidden-size", 32, "--length", 64, "--chunks", 1, 2, 4)
     run = run_script("replay.py", *sizes, "--splits", 1, 4, "--rounds", 2, "--shapes", "4x8",
