@@ -26,7 +26,7 @@ session = megatron.adaptor.install()
 
 import torch.distributed as dist
 from gpt import Trainer, about_model, add_model_arguments, be_a_stage, make_batch, make_chunks
-from report import save, sentence
+from report import save, table
 from torch_pipelining import SCHEDULES, TorchTrainer
 
 from seq1f1b.schedule import Schedule, interleaved, lower
@@ -190,26 +190,23 @@ own.
 """
 
 
-def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the report, a table in Markdown."""
-    lines = [
-        sentence(about),
-        "",
-        "| schedule | s/step | speedup | replayed | measured / replayed | theory | "
-        "activation MiB by stage |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        numbers = (
-            row["speedup"],
-            row["speedup_replayed"],
-            row["measured_over_replayed"],
-            row["speedup_in_theory"],
-        )
-        cells = " | ".join("-" if number is None else f"{number:.3f}" for number in numbers)
-        memory = ", ".join(f"{number:.1f}" for number in row["activation_mib"]) or "-"
-        lines.append(f"| {row['schedule']} | {row['seconds_median']:.3f} | {cells} | {memory} |")
-    return "\n".join(lines) + "\n" + NOTES
+HEADER = (
+    "| schedule | s/step | speedup | replayed | measured / replayed | theory | "
+    "activation MiB by stage |\n|" + "---|" * 7
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return ``row`` as a line of the table."""
+    numbers = (
+        row["speedup"],
+        row["speedup_replayed"],
+        row["measured_over_replayed"],
+        row["speedup_in_theory"],
+    )
+    cells = " | ".join("-" if number is None else f"{number:.3f}" for number in numbers)
+    memory = ", ".join(f"{number:.1f}" for number in row["activation_mib"]) or "-"
+    return f"| {row['schedule']} | {row['seconds_median']:.3f} | {cells} | {memory} |"
 
 
 def main() -> None:
@@ -231,7 +228,7 @@ def main() -> None:
             cuts="uniform_comp",
             alternating_rounds=options.rounds,
         )
-        report = markdown(rows, about)
+        report = table(about, HEADER, map(line, rows)) + NOTES
         print(report)
         if options.output:
             save(options.output, about, rows, report)

@@ -24,8 +24,8 @@ session = megatron.adaptor.install()
 
 import torch.distributed as dist
 from alone import Bench, Cut, be_alone
-from gpt import add_model_arguments
-from report import device_name, save, sentence, setting
+from gpt import about_model, add_model_arguments
+from report import save, sentence
 
 from seq1f1b.schedule import Kind, Schedule, interleaved, peak_live, zb_h1
 from seq1f1b.simulate import Costs, greedy, peak_memory, simulate
@@ -163,7 +163,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 HEADER = """\
-Stages timed one at a time, alone on one core, and replayed in the simulator.
+Stages timed one at a time, alone on one core, and replayed in the simulator. *layers* are those of
+a stage.
 
 {setting}
 
@@ -269,16 +270,7 @@ def main() -> None:
     if options.pool:
         bench.pool(options.pool)
     tables = [table(bench, *map(int, shape.split("x"))) for shape in options.shapes]
-    about = setting(
-        layers_a_stage=options.layers,
-        hidden=options.hidden_size,
-        heads=options.heads,
-        vocabulary=options.vocab_size,
-        tokens=options.length,
-        dtype=options.dtype,
-        device=device_name(),
-        rounds=bench.num_rounds,
-    )
+    about = about_model(options, tokens=options.length, rounds=bench.num_rounds)
     report = markdown(tables, HEADER.format(setting=sentence(about), scatter=bench.scatter))
     print(report)
     if options.output:
