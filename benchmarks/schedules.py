@@ -141,7 +141,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser, layers=2, hidden=256)
-    parser.set_defaults(heads=4, query_groups=2)  # as the tiny model of exp.sh
+    parser.set_defaults(heads=4, query_groups=1, vocab_size=384)  # as the tiny model of exp.sh
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--splits", type=int, nargs="+", default=[4])
     parser.add_argument(

@@ -66,6 +66,16 @@ def test_every_family(workers):
     check(workers, 2, list(FAMILIES.values()))
 
 
+def test_more_tensor_parallel_ranks_than_heads_of_keys(workers):
+    multi_query = with_config(_LLAMA, num_query_groups=1)
+    cases = [
+        replace(multi_query, tensor=2),
+        replace(multi_query, tensor=2, sequence_parallel=True, num_splits=3, kind="zb-h1"),
+        replace(with_config(_LLAMA, num_query_groups=2), num_stages=1, tensor=4),
+    ]
+    check(workers, 4, cases)
+
+
 @pytest.mark.parametrize("name", ["Llama, YaRN", "DeepSeek, YaRN"])
 def test_split_backwards_and_chunks(workers, name):
     family = FAMILIES[name]

@@ -130,7 +130,7 @@ VARIABLES = (
         computed=True,
     ),
     Variable("DATASET", _one_of(*DATASETS), "stdlib", "stdlib", "of " + ", ".join(DATASETS)),
-    Variable("VOCAB_SIZE", _vocabulary, "512", "50257", "tokens of the BPE that is trained on it"),
+    Variable("VOCAB_SIZE", _vocabulary, "384", "50257", "tokens of the BPE that is trained on it"),
     Variable("CORPUS_MB", _number, "8", "32", "megabytes of text to take at most"),
     Variable("DATA", Path, "data", "data", "folder for the data; the default is the repository's"),
     Variable("OUTPUT", Path, "exp_logs", "exp_logs", "folder for the results, likewise"),
