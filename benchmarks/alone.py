@@ -108,10 +108,10 @@ class _Alone(Step):
         return _Nowhere(self, self.config.hidden_size)
 
 
-def be_alone() -> None:
+def be_alone(core: int = 0) -> None:
     """Take one core and one thread for this process, and Megatron's groups of one rank."""
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {0})
+    os.sched_setaffinity(0, {core})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     make_groups()
 

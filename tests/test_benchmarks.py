@@ -1,6 +1,7 @@
 """The benchmarks that GPUs are for, small and on the CPU: they run, and their tables are whole."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,17 @@ def test_segments(tmp_path):
         (2, "uniform_comp", True),
     ]
     assert all(row["reserved_mib"] >= row["allocated_mib"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs a core for the neighbour")
+def test_neighbour(tmp_path):
+    sizes = ("--hidden-size", 32, "--length", 64, "--rounds", 1, "--repeats", 1)
+    rows = rows_of(tmp_path, "neighbour.py", *sizes)
+    kinds = ["waits", "waits", "spins", "spins", "computes the same", "computes the same"]
+    assert [row["neighbour"] for row in rows] == kinds
+    assert [row["splits"] for row in rows] == [1, 4] * 3
+    assert [row["over_waiting"] for row in rows[:2]] == [1, 1]
+    assert all(row["ms"] > 0 for row in rows)
 
 
 def test_waiting(tmp_path):
