@@ -30,10 +30,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 class Summary:
     """A run's figures, without its first iterations (losses: with them).
 
-    milliseconds is the median, from which both rates follow; memory is the highest peak, by stage;
-    bubble_ratio is the mean over stages of each iteration, and of these the median.
+    steps has the milliseconds of each, milliseconds is their median, from which both rates follow;
+    memory is the highest peak, by stage; bubble_ratio is the mean over stages of each iteration,
+    and of these the median.
     """
 
+    steps: tuple[float, ...]
     milliseconds: float
     tokens_per_second: float
     tflops_per_device: float
@@ -53,10 +55,12 @@ def summarize(entries: Sequence[dict[str, Any]], num_warmup: int) -> Summary | N
     counted = entries[num_warmup:]
     if not counted:
         return None
-    milliseconds = median(entry["milliseconds"] for entry in counted)
+    steps = tuple(entry["milliseconds"] for entry in counted)
+    milliseconds = median(steps)
     # the work of a step is the same in all of them
     scale = counted[-1]["milliseconds"] / milliseconds
     return Summary(
+        steps=steps,
         milliseconds=milliseconds,
         tokens_per_second=counted[-1]["tokens_per_second"] * scale,
         tflops_per_device=counted[-1]["tflops_per_device"] * scale,
@@ -70,6 +74,15 @@ def summarize(entries: Sequence[dict[str, Any]], num_warmup: int) -> Summary | N
 def _peaks(entries: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
     by_stage = zip(*(entry[key] for entry in entries), strict=True)
     return tuple(max(stage) / _MIB for stage in by_stage)
+
+
+def speedup(steps: Sequence[float], baseline: Sequence[float]) -> float:
+    """Return the median of what ``baseline`` takes for a step over what ``steps`` take for it.
+
+    Steps of runs that take turns lie side by side, so the speed of the machine is in both or in
+    neither. It is not in the quotient of two medians, each of which may be of another minute.
+    """
+    return median(theirs / ours for ours, theirs in zip(steps, baseline, strict=False))
 
 
 def largest_loss_difference(

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tools.sweep.metrics import Summary, largest_loss_difference
+from tools.sweep.metrics import Summary, largest_loss_difference, speedup
 from tools.sweep.plan import Run
 
 
@@ -33,7 +33,7 @@ class Result:
         """How much faster than 1F1B a step is."""
         if self.summary is None or self.baseline is None:
             return None
-        return self.baseline.milliseconds / self.summary.milliseconds
+        return speedup(self.summary.steps, self.baseline.steps)
 
     @property
     def loss_difference(self) -> float | None:

@@ -115,7 +115,7 @@ VARIABLES = (
     Variable(
         "TRAIN_ITERS",
         _list_of(_whole),
-        "20; 10 from m=3",
+        "20; 12 from m=3",
         "20",
         "steps of a run: one number, or one for each of MICRO_BATCHES",
         computed=True,
