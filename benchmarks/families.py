@@ -26,7 +26,7 @@ session = megatron.adaptor.install()
 
 import torch.distributed as dist
 from gpt import Trainer, about_model, add_model_arguments, be_a_stage, make_batch, make_chunks
-from report import save, table
+from report import show, table
 from torch_pipelining import SCHEDULES, TorchTrainer
 
 from seq1f1b.schedule import Schedule, interleaved, lower
@@ -229,9 +229,7 @@ def main() -> None:
             alternating_rounds=options.rounds,
         )
         report = table(about, HEADER, map(line, rows)) + NOTES
-        print(report)
-        if options.output:
-            save(options.output, about, rows, report)
+        show(report, options.output, about, rows)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -26,6 +26,9 @@ from megatron.adaptor.session import Session
 from megatron.adaptor.settings import Settings
 from seq1f1b.sequence import TokenCost
 
+# Heads and vocabulary of the tiny model of exp.sh.
+TINY = {"heads": 4, "query_groups": 1, "vocab_size": 384}
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, layers: int, hidden: int) -> None:
     """Add the flags that say what the model is."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import save, setting, table
+from report import setting, show, table
 
 from seq1f1b.runtime import ActionClock, ExecutionContext, execute
 from seq1f1b.schedule import Schedule, interleaved, lower, zb_h1
@@ -90,9 +90,7 @@ def main() -> None:
     lines = [f"| {row['schedule']} | {row['us_per_action']:.1f} |" for row in rows]
     header = "| schedule | host us per action |\n|---|---|"
     report = table(about, header, lines)
-    print(report)
-    if options.output:
-        save(options.output, about, rows, report)
+    show(report, options.output, about, rows)
 
 
 if __name__ == "__main__":

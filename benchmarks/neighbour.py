@@ -1,6 +1,6 @@
 """How much longer a stage computes while a neighbour's core computes as well.
 
-    python benchmarks/neighbour.py --vocab-size 384 --query-groups 1
+    python benchmarks/neighbour.py
 
 Two processes, a core and a thread each. One times the forward and backward of a micro-batch on the
 last stage, whole and in sub-sequences; the other waits, spins in its registers, or computes the
@@ -23,8 +23,8 @@ import megatron.adaptor
 session = megatron.adaptor.install()
 
 from alone import Bench, Cut, be_alone
-from gpt import about_model, add_model_arguments
-from report import save, table
+from gpt import TINY, about_model, add_model_arguments
+from report import show, table
 
 ROLE = "last"
 WAIT, SPIN, COMPUTE, END = range(4)
@@ -92,7 +92,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser, layers=1, hidden=256)
-    parser.set_defaults(heads=4)
+    parser.set_defaults(**TINY)
     parser.add_argument("--splits", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=8, help="how often the neighbour changes")
     parser.add_argument("--repeats", type=int, default=4, help="runs of each cut until it does")
@@ -112,9 +112,7 @@ def main() -> None:
     neighbour.join()
     about = about_model(options, tokens=options.length)
     report = table(about, HEADER, map(line, rows))
-    print(report)
-    if options.output:
-        save(options.output, about, rows, report)
+    show(report, options.output, about, rows)
 
 
 if __name__ == "__main__":

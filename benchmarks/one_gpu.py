@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import device_name, save, setting, table
+from report import device_name, setting, show, table
 
 from seq1f1b.schedule import interleaved, one_f_one_b, peak_live
 
@@ -143,9 +143,7 @@ def main() -> None:
         "\n| stages | s | worst loss difference | measured | theory | carry |\n|" + "---|" * 6
     )
     report = table(about, header, lines)
-    print(report)
-    if options.output:
-        save(options.output, about, rows, report)
+    show(report, options.output, about, rows)
 
 
 if __name__ == "__main__":

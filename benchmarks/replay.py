@@ -25,7 +25,7 @@ session = megatron.adaptor.install()
 import torch.distributed as dist
 from alone import Bench, Cut, be_alone
 from gpt import about_model, add_model_arguments
-from report import save, sentence
+from report import sentence, show
 
 from seq1f1b.schedule import Kind, Schedule, interleaved, peak_live, zb_h1
 from seq1f1b.simulate import Costs, greedy, peak_memory, simulate
@@ -272,9 +272,7 @@ def main() -> None:
     tables = [table(bench, *map(int, shape.split("x"))) for shape in options.shapes]
     about = about_model(options, tokens=options.length, rounds=bench.num_rounds)
     report = markdown(tables, HEADER.format(setting=sentence(about), scatter=bench.scatter))
-    print(report)
-    if options.output:
-        save(options.output, about, [row for rows in tables for row in rows], report)
+    show(report, options.output, about, [row for rows in tables for row in rows])
     dist.destroy_process_group()
 
 

@@ -41,6 +41,13 @@ def table(setting: dict[str, Any], header: str, lines: Iterable[str]) -> str:
     return "\n".join([sentence(setting), "", header, *lines, ""])
 
 
+def show(text: str, output: Path | None, setting: dict[str, Any], rows: Any) -> None:
+    """Print a report, and save it where there is an OUTPUT."""
+    print(text)
+    if output:
+        save(output, setting, rows, text)
+
+
 def save(output: Path, setting: dict[str, Any], rows: Any, text: str) -> None:
     """Write OUTPUT.json and OUTPUT.md."""
     document = {"setting": setting, "rows": rows}

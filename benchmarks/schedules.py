@@ -21,8 +21,8 @@ import megatron.adaptor
 session = megatron.adaptor.install()
 
 import torch.distributed as dist
-from gpt import Trainer, about_model, add_model_arguments, be_a_stage, make_batch
-from report import save, table
+from gpt import TINY, Trainer, about_model, add_model_arguments, be_a_stage, make_batch
+from report import show, table
 
 from megatron.adaptor.settings import Settings
 from seq1f1b.sequence import imbalance
@@ -141,7 +141,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser, layers=2, hidden=256)
-    parser.set_defaults(heads=4, query_groups=1, vocab_size=384)  # as the tiny model of exp.sh
+    parser.set_defaults(**TINY)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--splits", type=int, nargs="+", default=[4])
     parser.add_argument(
@@ -162,9 +162,7 @@ def main() -> None:
             alternating_rounds=options.rounds,
         )
         report = table(about, HEADER, map(line, rows))
-        print(report)
-        if options.output:
-            save(options.output, about, rows, report)
+        show(report, options.output, about, rows)
     dist.barrier()
     dist.destroy_process_group()
 

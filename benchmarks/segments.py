@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from one_gpu import about_training, add_training_arguments, train
-from report import save, table
+from report import show, table
 
 MIB = re.compile(r"\[Rank 0\] .* max allocated: ([\d.]+) .* max reserved: ([\d.]+)")
 HEADER = """\
@@ -68,9 +68,7 @@ def main() -> None:
     ]
     about = about_training(options)
     report = table(about, HEADER, map(line, rows))
-    print(report)
-    if options.output:
-        save(options.output, about, rows, report)
+    show(report, options.output, about, rows)
 
 
 if __name__ == "__main__":

@@ -30,19 +30,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 class Summary:
     """A run's figures, without its first iterations (losses: with them).
 
-    steps has the milliseconds of each, milliseconds is their median, from which both rates follow;
-    memory is the highest peak, by stage; bubble_ratio is the mean over stages of each iteration,
-    and of these the median.
+    steps has the milliseconds of each; both rates are of their median; memory is the highest peak,
+    by stage; bubble_ratio is the mean over stages of each iteration, and of these the median.
     """
 
     steps: tuple[float, ...]
-    milliseconds: float
     tokens_per_second: float
     tflops_per_device: float
     peak_memory_mib: tuple[float, ...]
     kv_carry_mib: tuple[float, ...]
     bubble_ratio: float
     losses: tuple[float | None, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """The median step."""
+        return median(self.steps)
 
     @property
     def last_loss(self) -> float | None:
@@ -56,12 +59,10 @@ def summarize(entries: Sequence[dict[str, Any]], num_warmup: int) -> Summary | N
     if not counted:
         return None
     steps = tuple(entry["milliseconds"] for entry in counted)
-    milliseconds = median(steps)
     # the work of a step is the same in all of them
-    scale = counted[-1]["milliseconds"] / milliseconds
+    scale = steps[-1] / median(steps)
     return Summary(
         steps=steps,
-        milliseconds=milliseconds,
         tokens_per_second=counted[-1]["tokens_per_second"] * scale,
         tflops_per_device=counted[-1]["tflops_per_device"] * scale,
         peak_memory_mib=_peaks(counted, "peak_activation_bytes"),
