@@ -21,8 +21,8 @@ from gpt import forward_step, make_batch, make_config, make_groups, make_part, t
 from report import device_name
 
 from megatron.adaptor.session import Session
-from megatron.adaptor.settings import Settings
-from megatron.adaptor.step import Step
+from megatron.adaptor.command_line.settings import Settings
+from megatron.adaptor.step.step import Step
 from seq1f1b.runtime import ActionClock, ActivationMeter
 from seq1f1b.schedule import Action, Kind, Schedule, interleaved
 from seq1f1b.simulate import Costs, Memory

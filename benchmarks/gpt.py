@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from report import device_name, setting
 
-from megatron.adaptor.metrics import bubble_ratios
+from megatron.adaptor.reports.metrics import bubble_ratios
 from megatron.adaptor.session import Session
-from megatron.adaptor.settings import Settings
+from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.sequence import TokenCost
 
 # Heads and vocabulary of the tiny model of exp.sh.
@@ -210,12 +210,10 @@ class Trainer:
         return Settings(
             num_splits=num_splits,
             balance_method=balance,
-            attention=None,
-            metrics_file=None,
             sequence_length=self.options.length,
-            multiple=multiple,
+            length_multiple=multiple,
             cost=self.cost,
-            kind=kind,
+            schedule_name=kind,
         )
 
     def step(self, settings: Settings, num_micro_batches: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from gpt import TINY, Trainer, about_model, add_model_arguments, be_a_stage, make_batch
 from report import show, table
 
-from megatron.adaptor.settings import Settings
+from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.sequence import imbalance
 from seq1f1b.simulate.formulas import bubble_ratio, live_micro_batches, speedup_over_1f1b
 

@@ -29,15 +29,23 @@ def main() -> None:
         sys.exit(f"python -m megatron.adaptor: no such script: {script}")
     sys.argv = [str(script), *arguments[1:]]
     sys.path.insert(0, str(script.resolve().parent))
+    _run(script)
+
+
+def _run(script: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     install()
-    runpy.run_path(str(script), run_name="__main__")
+    # torchrun shows the error of the rank that failed first, if the rank has recorded it.
+    record(runpy.run_path)(str(script), run_name="__main__")
 
 
 def _list_patches() -> None:
-    from megatron.adaptor import cpu_device
+    from megatron.adaptor.cpu import device
+
+    device.install()
     from megatron.adaptor.session import Session
 
-    cpu_device.install()
     for patch in Session("cpu").patches():
         sys.stdout.write(f"{patch.target}\n    {patch.reason}\n")
 

@@ -16,14 +16,14 @@ def install() -> "Session":
     one that the patches know.
     """
     if not _sessions:
-        from megatron.adaptor import cpu_device
+        from megatron.adaptor.cpu import device
 
-        cpu_device.install()
+        device.install()
 
         from megatron.adaptor.patches import apply_all
         from megatron.adaptor.session import Session
 
-        session = Session("cpu" if cpu_device.installed() else "cuda")
+        session = Session("cpu" if device.installed() else "cuda")
         apply_all(session.patches())
         _sessions.append(session)
     return _sessions[0]

@@ -1,16 +1,24 @@
-"""What is replaced in Megatron-Core, by name, and the check that it is what we know."""
+"""What is replaced in Megatron-Core, by name, and the check that it is what we know.
+
+A replacement is one plain function. Its first parameter is the original; the others say which
+parameters of the original it relies on, at which places; its docstring says why it is needed.
+"""
 
 import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 SUPPORTED_VERSIONS = ">=0.19.2,<0.20"
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class UnsupportedMegatronError(RuntimeError):
@@ -19,16 +27,19 @@ class UnsupportedMegatronError(RuntimeError):
 
 @dataclass(frozen=True)
 class Patch:
-    """One replacement.
+    """One replaced function.
 
-    target: ``module:name`` or ``module:Class.name``. parameters: the parameter names that the
-    replacement relies on. replacement: makes the new function from the old one.
+    target: ``module:name`` or ``module:Class.name``. replacement: gets the original, then what the
+    original is called with.
     """
 
     target: str
-    parameters: tuple[str, ...]
-    reason: str
-    replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+    replacement: Callable[..., Any]
+
+    @property
+    def reason(self) -> str:
+        """Why it is replaced: the docstring's first sentence."""
+        return _first_line(self.replacement)
 
     def original(self) -> Callable[..., Any]:
         """Return the upstream function; raises UnsupportedMegatronError if it changed."""
@@ -36,28 +47,27 @@ class Patch:
             owner, name = self._owner()
             function = getattr(owner, name)
         except (ImportError, AttributeError) as error:
-            raise UnsupportedMegatronError(
-                complaint(self.target, self.reason, f"is not there ({error})")
-            ) from None
-        known = inspect.signature(function).parameters
-        missing = [name for name in self.parameters if name not in known]
-        if missing:
-            raise UnsupportedMegatronError(
-                complaint(
-                    self.target, self.reason, f"has no parameter {', '.join(missing)} any more"
-                )
-            )
+            raise _unsupported(self, f"is not there ({error})") from None
+        if faults := list(_differences(function, self.replacement)):
+            raise _unsupported(self, ", ".join(faults))
         return function
 
     def apply(self) -> None:
         """Replace the function where it is defined and wherever it was imported by name."""
-        original = self.original()
-        replacement = functools.update_wrapper(self.replacement(original), original)
+        original, replacement = self.original(), self.replacement
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
+        for extra in ("cache_clear", "cache_info"):  # of functools.lru_cache
+            if hasattr(original, extra):
+                setattr(call, extra, getattr(original, extra))
         owner, name = self._owner()
-        setattr(owner, name, replacement)
+        setattr(owner, name, call)
         for module_name, module in list(sys.modules.items()):
             if module_name.startswith("megatron.") and vars(module).get(name) is original:
-                setattr(module, name, replacement)
+                setattr(module, name, call)
 
     def _owner(self) -> tuple[Any, str]:
         module_name, path = self.target.split(":")
@@ -88,9 +98,7 @@ class Attribute:
             module = importlib.import_module(module_name)
             return getattr(module, name, None) if self.may_be_missing else getattr(module, name)
         except (ImportError, AttributeError) as error:
-            raise UnsupportedMegatronError(
-                complaint(self.target, self.reason, f"is not there ({error})")
-            ) from None
+            raise _unsupported(self, f"is not there ({error})") from None
 
     def apply(self) -> None:
         """Set the value."""
@@ -98,11 +106,11 @@ class Attribute:
         setattr(importlib.import_module(module_name), name, self.value)
 
 
-def complaint(target: str, reason: str, what: str) -> str:
-    """Say that something of Megatron's is not as it was, why that matters and what to install."""
+def complaint(target: str, reason: str, fault: str) -> str:
+    """Return a sentence that says what has changed in Megatron, who relies on it and what to do."""
     return (
-        f"{target} of Megatron-Core {installed_version()} {what}; Seq1F1B needs it, as "
-        f"it {reason}. Supported versions: megatron-core{SUPPORTED_VERSIONS}"
+        f"{target} of Megatron-Core {installed_version()} {fault}; Seq1F1B needs it: "
+        f"{reason} Supported versions: megatron-core{SUPPORTED_VERSIONS}"
     )
 
 
@@ -115,12 +123,13 @@ def installed_version() -> str:
 
 def check_version() -> None:
     """Raise UnsupportedMegatronError unless the installed Megatron-Core is a known one."""
-    from packaging.specifiers import SpecifierSet
+    import megatron.core
 
     version = installed_version()
     if Version(version) not in SpecifierSet(SUPPORTED_VERSIONS):
         raise UnsupportedMegatronError(
-            f"Megatron-Core {version} is not supported; install megatron-core{SUPPORTED_VERSIONS}"
+            f"Megatron-Core {version} is not supported; install megatron-core{SUPPORTED_VERSIONS}. "
+            f"The version that was found is {megatron.core.__file__}"
         )
 
 
@@ -131,3 +140,36 @@ def apply_all(patches: Sequence[Patch | Attribute]) -> None:
         patch.original()
     for patch in patches:
         patch.apply()
+
+
+def _unsupported(patch: Patch | Attribute, fault: str) -> UnsupportedMegatronError:
+    return UnsupportedMegatronError(complaint(patch.target, patch.reason, fault))
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def _differences(original: Callable[..., Any], replacement: Callable[..., Any]) -> Iterator[str]:
+    """Yield what ``replacement`` relies on and ``original`` does not have.
+
+    The instance or class that a method gets may have any name, and a keyword with a default may be
+    one that the replacement adds.
+    """
+    known = inspect.signature(original).parameters
+    places = list(known)
+    takes_rest = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    relied_on = list(inspect.signature(replacement).parameters.values())[1:]
+    for place, parameter in enumerate(relied_on):
+        if parameter.kind not in (*_BY_PLACE, *_BY_NAME):
+            continue
+        name = parameter.name
+        if place == 0 and places and places[0] in ("self", "cls"):
+            continue
+        if name not in known:
+            is_optional = takes_rest or parameter.default is not inspect.Parameter.empty
+            if not (is_optional and parameter.kind is inspect.Parameter.KEYWORD_ONLY):
+                yield f"has no parameter {name} any more"
+        elif parameter.kind in _BY_PLACE and known[name].kind in _BY_PLACE:
+            if places.index(name) != place:
+                yield f"has {name} at place {places.index(name)}, not {place}"

@@ -70,13 +70,14 @@ class LayerCarry:
 class CarryPool:
     """Buffers of the KV carry, kept and handed out again from one micro-batch to the next.
 
-    ``bytes_in_use`` and ``peak_bytes`` count what is handed out, ``bytes_held`` what exists;
-    ``on_take``, if set, is called whenever a buffer has been handed out.
+    bytes_in_use, peak_bytes: of buffers that are handed out. bytes_held: of all that exist.
+    on_take: called, if set, whenever a buffer has been handed out.
     """
 
     def __init__(self) -> None:
         self._free: defaultdict[_BufferKey, list[Tensor]] = defaultdict(list)
         self._carries: defaultdict[Hashable, dict[Hashable, LayerCarry]] = defaultdict(dict)
+        self._asked_for: set[_BufferKey] = set()
         self.bytes_in_use = 0
         self.bytes_held = 0
         self.peak_bytes = 0
@@ -113,8 +114,21 @@ class CarryPool:
         for carry in self._carries.pop(micro_batch, {}).values():
             carry.release()
 
+    def trim(self) -> None:
+        """Free the buffers of shapes that were not asked for since the last call."""
+        for key in self._free.keys() - self._asked_for:
+            self.bytes_held -= sum(buffer.nbytes for buffer in self._free.pop(key))
+        self._asked_for.clear()
+
+    def drop(self) -> None:
+        """Forget every carry of a step that failed; its buffers are not used again."""
+        self._carries.clear()
+        self.bytes_held -= self.bytes_in_use
+        self.bytes_in_use = 0
+
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Hand out an uninitialised buffer."""
+        self._asked_for.add((shape, dtype, device))
         free = self._free[shape, dtype, device]
         if free:
             buffer = free.pop()

@@ -1,6 +1,6 @@
 """The one object that knows which action is running, for the layers that have to know."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seq1f1b.attention import (
     CarryPool,
+    Kernel,
     LayerCarry,
     causal_attention,
     choose_kernel,
@@ -19,12 +20,12 @@ from seq1f1b.sequence import Documents, SubSequence
 
 
 class ExecutionContext:
-    """Holds one rank's running action, its KV carries and its waiting weight gradients.
+    """Holds one rank's running step and action, its KV carries and its deferred weight gradients.
 
-    ``documents``, set for a step whose sequences are packed, has for each micro-batch the documents
-    of every row; None means that each row is one document. ``lengths_vary`` says that the next
-    micro-batch is probably not as long as this one, so that its buffers are not worth keeping.
-    ``kernel_taken`` is the name of the attention kernel that ran last.
+    documents: of the running step if its sequences are packed: for each micro-batch the documents
+    of every row; None if each row is one document. lengths_vary: whether the next micro-batch is
+    probably not as long as this one, so that its buffers are not worth keeping. Both belong to
+    ``step``. kernel_taken: the name of the attention kernel that ran last.
     """
 
     def __init__(self, kernel: str | None = None) -> None:
@@ -37,9 +38,33 @@ class ExecutionContext:
         self.use_kernel(kernel)
 
     def use_kernel(self, name: str | None) -> None:
-        """Take the attention kernel called ``name``; None takes the best that is there."""
+        """Use the attention kernel called ``name``; None uses the best that is available."""
         self._kernel = name
+        self._chosen: dict[Hashable, Kernel] = {}
         self.kernel_taken: str | None = None
+
+    @contextmanager
+    def step(
+        self,
+        *,
+        documents: Sequence[Sequence[Documents]] | None = None,
+        lengths_vary: bool = False,
+    ) -> Iterator[None]:
+        """Own one step: set what it knows of its sequences, and drop what it leaves if it fails.
+
+        A failed step leaves neither KV carry nor deferred weight gradients behind, which the next
+        one would add to.
+        """
+        self.documents, self.lengths_vary = documents, lengths_vary
+        try:
+            yield
+            self.carries.trim()
+        except BaseException:
+            self.carries.drop()
+            self.weight_gradients.drop()
+            raise
+        finally:
+            self.documents, self.lengths_vary = None, False
 
     @contextmanager
     def running(self, action: Action, part: SubSequence) -> Iterator[None]:
@@ -49,6 +74,22 @@ class ExecutionContext:
             yield
         finally:
             self.action = self.part = None
+
+    @contextmanager
+    def uncut(self) -> Iterator[None]:
+        """Treat the running action's micro-batch as a whole: nothing is cut while this is open."""
+        part, self.part = self.part, None
+        try:
+            yield
+        finally:
+            self.part = part
+
+    @property
+    def running_documents(self) -> Sequence[Documents] | None:
+        """The documents of the running micro-batch's rows; None if they are not packed."""
+        if self.documents is None or self.action is None:
+            return None
+        return self.documents[self.action.micro_batch]
 
     @property
     def cut_part(self) -> SubSequence | None:
@@ -68,9 +109,10 @@ class ExecutionContext:
         Shapes are those of ``causal_attention``. When no sub-sequence runs, or it is the whole
         micro-batch, the tensors are the whole sequence and nothing is carried.
         """
-        kernel = choose_kernel(query, key, value, self._kernel)
+        kernel = self._kernel_for(query, key, value)
         self.kernel_taken = kernel.name
-        if self.action is not None and self.part is not None and self.documents is not None:
+        documents = self.running_documents
+        if self.action is not None and self.part is not None and documents is not None:
             return packed_attention(
                 query,
                 key,
@@ -78,7 +120,7 @@ class ExecutionContext:
                 kernel=kernel,
                 scale=scale,
                 part=self.part,
-                documents=self.documents[self.action.micro_batch],
+                documents=documents,
                 carry_of=partial(self._document_carry, self.action, layer),
             )
         part = self.cut_part
@@ -91,6 +133,13 @@ class ExecutionContext:
         return causal_attention(
             query, key, value, kernel=kernel, scale=scale, carry=carry, part=part
         )
+
+    def _kernel_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernel:
+        """Return the kernel for tensors like these, chosen once."""
+        like = (query.device, query.dtype, *(x.shape[2:] for x in (query, key, value)))
+        if like not in self._chosen:
+            self._chosen[like] = choose_kernel(query, key, value, self._kernel)
+        return self._chosen[like]
 
     def _document_carry(
         self,
@@ -112,7 +161,7 @@ class ExecutionContext:
         return self.action is not None and self.action.kind is Kind.I
 
     def weight_gradient(self, accumulate: Accumulate, inputs: Tensor, gradient: Tensor) -> None:
-        """Call ``accumulate(inputs, gradient)``, while an I runs not before its W."""
+        """Call ``accumulate(inputs, gradient)`` now, or in its W while an I runs."""
         self.weight_gradients.add(self.action, accumulate, inputs, gradient)
 
     def release_carry(self, action: Action) -> None:

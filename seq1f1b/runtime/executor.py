@@ -9,7 +9,7 @@ from seq1f1b.runtime.clock import ActionClock
 from seq1f1b.runtime.context import ExecutionContext
 from seq1f1b.runtime.transport import Pending, Transport
 from seq1f1b.schedule import Action, Kind
-from seq1f1b.sequence import SubSequence
+from seq1f1b.sequence import Documents, SubSequence
 
 
 class ActionError(RuntimeError):
@@ -54,21 +54,26 @@ def execute(
     clock: ActionClock,
     *,
     stage: int,
+    documents: Sequence[Sequence[Documents]] | None = None,
+    lengths_vary: bool = False,
 ) -> None:
     """Run ``actions`` (lowered, of one stage) to the end.
 
-    parts: for each micro-batch its sub-sequences. Raises ActionError from whatever an action
-    raised. Afterwards every tensor is consumed and the KV carry is whole, which is asserted.
+    parts: for each micro-batch its sub-sequences. documents, lengths_vary: see ExecutionContext.
+    Raises ActionError from whatever an action raised; the context is then as if the step had not
+    begun, and the transport cannot be used again. After a step every tensor is consumed and the KV
+    carry is whole, which is asserted.
     """
-    run = _Run(computation, transport, context, parts, clock, actions)
-    for step, action in enumerate(actions):
-        try:
-            run.handlers[action.kind](action)
-        except Exception as error:
-            message = f"stage {stage}, step {step} of {len(actions)}, action {action}: {error}"
-            raise ActionError(message) from error
-    transport.finish()
-    run.check_empty()
+    with context.step(documents=documents, lengths_vary=lengths_vary):
+        run = _Run(computation, transport, context, parts, clock, actions)
+        for step, action in enumerate(actions):
+            try:
+                run.handlers[action.kind](action)
+            except Exception as error:
+                message = f"stage {stage}, step {step} of {len(actions)}, action {action}: {error}"
+                raise ActionError(message) from error
+        transport.finish()
+        run.check_empty()
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Weight gradients that wait for their own action, so that they can fill gaps in the pipeline."""
+"""Weight gradients deferred to an action of their own, so that they can fill gaps in the pipeline."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,10 +14,10 @@ _Task = tuple[Accumulate, Tensor, Tensor]
 
 
 class WeightGradients:
-    """The weight gradients of one rank: computed at once, or put off from an I to its W.
+    """The weight gradients of one rank: computed at once, or deferred from an I to its W.
 
-    ``bytes_in_use`` counts the inputs and output gradients that wait; ``on_defer``, if set, is
-    called whenever they have become more.
+    bytes_in_use: inputs and output gradients that are deferred. on_defer: called, if set, whenever
+    ``bytes_in_use`` has grown.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class WeightGradients:
 
     @torch.no_grad()
     def compute(self, action: Action) -> None:
-        """Do what was put off to ``action``, a W, layer by layer, and let go of its tensors."""
+        """Compute what was deferred to ``action``, a W, layer by layer, and free its tensors."""
         tasks = self._deferred.pop(action, [])
         tasks.reverse()
         while tasks:
@@ -51,10 +51,15 @@ class WeightGradients:
             accumulate(inputs, gradient)
             self.bytes_in_use -= inputs.nbytes + gradient.nbytes
 
+    def drop(self) -> None:
+        """Forget everything deferred, of a step that failed."""
+        self._deferred.clear()
+        self.bytes_in_use = 0
+
     def check_empty(self) -> None:
-        """Assert that nothing waits any more, as it must be at the end of every step."""
-        waiting = ", ".join(map(str, self._deferred))
-        assert not self._deferred, f"weight gradients never computed: {waiting}"
+        """Assert that nothing is deferred any more, as it must be at the end of every step."""
+        left = ", ".join(map(str, self._deferred))
+        assert not self._deferred, f"weight gradients never computed: {left}"
 
 
 class DeferrableLinear(nn.Linear):

@@ -3,12 +3,15 @@
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.generators import forward_only, gpipe, interleaved, one_f_one_b, zb_h1
 from seq1f1b.schedule.lower import lower
-from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.plan import Plan, PlanError
+from seq1f1b.schedule.schedule import Schedule
 from seq1f1b.schedule.validate import ScheduleError, peak_live, validate
 
 __all__ = [
     "Action",
     "Kind",
+    "Plan",
+    "PlanError",
     "Schedule",
     "ScheduleError",
     "forward_only",

@@ -1,7 +1,7 @@
 """What must have happened before an action may run."""
 
 from seq1f1b.schedule.action import Action, Kind
-from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.schedule import Schedule
 
 Event = tuple[int, Action]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from seq1f1b.schedule.action import Action, Kind
-from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.schedule import Schedule
 
 
 def one_f_one_b(num_stages: int, num_micro_batches: int, num_splits: int = 1) -> Schedule:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.edges import Event, dependencies, event
-from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.schedule import Schedule
 from seq1f1b.schedule.validate import validate
 
 _DURATION = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}

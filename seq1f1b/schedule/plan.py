@@ -1,60 +1,88 @@
-"""A schedule: every stage's list of actions, and how the model's chunks are dealt to stages."""
+"""What a step runs: a schedule, and where each micro-batch is cut. It can be kept in a file."""
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from seq1f1b.schedule.action import Action, Kind
+from seq1f1b.schedule.action import Action
+from seq1f1b.schedule.lower import lower
+from seq1f1b.schedule.schedule import Schedule
+from seq1f1b.schedule.validate import validate
+from seq1f1b.sequence import SubSequence, sub_sequences
+
+
+class PlanError(ValueError):
+    """A plan whose parts do not fit each other, or a file that holds none."""
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """What each of ``num_stages`` stages does, in order.
+class Plan:
+    """A lowered ``schedule``, and for each micro-batch its sub-sequences.
 
-    Model chunk c of stage i is the (c * num_stages + i)-th part of the model, so activations go
-    round the stages ``num_chunks`` times. ``lowered`` tells whether sends and receives are in the
-    lists or still implied by the computations.
+    Raises PlanError when there are not as many micro-batches or sub-sequences as in the schedule.
     """
 
-    name: str
-    num_stages: int
-    num_chunks: int
-    num_micro_batches: int
-    num_splits: int
-    stages: tuple[tuple[Action, ...], ...]
-    lowered: bool = False
+    schedule: Schedule
+    cuts: tuple[tuple[SubSequence, ...], ...]
 
-    def with_stages(self, stages: tuple[tuple[Action, ...], ...], *, lowered: bool) -> "Schedule":
-        """Return the same schedule with other action lists."""
-        return replace(self, stages=stages, lowered=lowered)
+    def __post_init__(self) -> None:
+        if len(self.cuts) != self.schedule.num_micro_batches:
+            raise PlanError(
+                f"{len(self.cuts)} micro-batches are cut; the schedule has "
+                f"{self.schedule.num_micro_batches}"
+            )
+        for micro_batch, parts in enumerate(self.cuts):
+            if len(parts) != self.schedule.num_splits:
+                raise PlanError(
+                    f"micro-batch {micro_batch} is cut into {len(parts)} sub-sequences; the "
+                    f"schedule has {self.schedule.num_splits}"
+                )
 
-    def upstream(self, stage: int, chunk: int) -> tuple[int, int] | None:
-        """Return (stage, chunk) of the model part before this one; None for the first."""
-        if stage > 0:
-            return stage - 1, chunk
-        return (self.num_stages - 1, chunk - 1) if chunk > 0 else None
+    @classmethod
+    def of(cls, schedule: Schedule, cuts: Iterable[Sequence[SubSequence]]) -> "Plan":
+        """Lower and validate ``schedule``; raises ScheduleError when it cannot run."""
+        schedule = lower(schedule)
+        validate(schedule)
+        return cls(schedule, tuple(tuple(parts) for parts in cuts))
 
-    def downstream(self, stage: int, chunk: int) -> tuple[int, int] | None:
-        """Return (stage, chunk) of the model part after this one; None for the last."""
-        if stage < self.num_stages - 1:
-            return stage + 1, chunk
-        return (0, chunk + 1) if chunk < self.num_chunks - 1 else None
+    def write(self, path: Path) -> None:
+        """Write JSON: the schedule's shape and actions, and the lengths of sub-sequences."""
+        shape = self.schedule
+        content = {
+            "name": shape.name,
+            "num_stages": shape.num_stages,
+            "num_chunks": shape.num_chunks,
+            "num_micro_batches": shape.num_micro_batches,
+            "num_splits": shape.num_splits,
+            "stages": [" ".join(map(str, actions)) for actions in shape.stages],
+            "lengths": [[part.length for part in parts] for parts in self.cuts],
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
-    def peer(self, stage: int, action: Action) -> tuple[int, Action]:
-        """Return the other end of a send or receive: its stage and its action."""
-        forward = action.kind in (Kind.SEND_F, Kind.RECV_F)
-        down = forward == action.kind.is_send
-        other = (self.downstream if down else self.upstream)(stage, action.chunk)
-        if other is None:
-            raise ValueError(f"stage {stage} has nobody at the other end of {action}")
-        kind = _OTHER_END[action.kind]
-        return other[0], Action(kind, other[1], action.micro_batch, action.sub_sequence)
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        """Read what ``write`` wrote, and prove that it can run.
 
-    def __str__(self) -> str:
-        return "\n".join(" ".join(map(str, actions)) for actions in self.stages)
-
-
-_OTHER_END = {
-    Kind.SEND_F: Kind.RECV_F,
-    Kind.RECV_F: Kind.SEND_F,
-    Kind.SEND_B: Kind.RECV_B,
-    Kind.RECV_B: Kind.SEND_B,
-}
+        Raises PlanError or ScheduleError, with the file's name, for anything else.
+        """
+        try:
+            content = json.loads(path.read_text())
+            shape = {
+                name: int(content[name])
+                for name in ("num_stages", "num_chunks", "num_micro_batches", "num_splits")
+            }
+            stages = tuple(
+                tuple(Action.parse(text) for text in actions.split())
+                for actions in content["stages"]
+            )
+            if len(stages) != shape["num_stages"]:
+                raise PlanError(f"{len(stages)} stages have actions, not {shape['num_stages']}")
+            schedule = Schedule(str(content["name"]), **shape, stages=stages, lowered=True)
+            validate(schedule)
+            cuts = [sub_sequences(map(int, lengths)) for lengths in content["lengths"]]
+            return cls(schedule, tuple(cuts))
+        except KeyError as error:
+            raise PlanError(f"{path}: lacks {error}") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path}: no plan: {error}") from None

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.edges import Event, dependencies, event
-from seq1f1b.schedule.plan import Schedule
+from seq1f1b.schedule.schedule import Schedule
 
 
 class ScheduleError(ValueError):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.adaptor import cpu_device
+from megatron.adaptor.cpu import device as cpu_device
 
-INSTALL = "from megatron.adaptor import cpu_device; cpu_device.install(); import torch; "
+INSTALL = "from megatron.adaptor.cpu import device as cpu_device; cpu_device.install(); import torch; "
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -146,7 +146,7 @@ def test_touches_nothing_where_a_gpu_is() -> None:
 import torch
 torch.cuda.is_available = lambda: True
 before = torch.zeros, torch.Tensor.to, torch.cuda.Stream, torch.distributed.new_group
-from megatron.adaptor import cpu_device
+from megatron.adaptor.cpu import device as cpu_device
 cpu_device.install()
 after = torch.zeros, torch.Tensor.to, torch.cuda.Stream, torch.distributed.new_group
 assert before == after and not cpu_device.installed()

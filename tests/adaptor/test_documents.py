@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.adaptor.batch import Replay
-from megatron.adaptor.documents import Packing, agree_on_documents
+from megatron.adaptor.step.batch_feed import BatchFeed
+from megatron.adaptor.step.read_ahead import Packing, agree_on_documents
 
 END = 7
 SOURCES = ("cu_seqlens", "position_ids", "tokens")
@@ -71,7 +71,7 @@ def test_a_first_stage_without_data_is_refused():
 
 def test_reading_ahead_changes_nothing_for_scripts():
     given = [{"tokens": number, "cu_seqlens": 5} for number in range(5)]
-    replay = Replay(iter(given), hidden=packing("cu_seqlens").hidden)
+    replay = BatchFeed(iter(given), hidden=packing("cu_seqlens").hidden)
     seen = []
     for number in (3, 2):
         ahead = replay.read_ahead(number)

@@ -6,7 +6,8 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 
-from megatron.adaptor import cpu_device, fallbacks
+from megatron.adaptor.cpu import device as cpu_device
+from megatron.adaptor.without_engine import fallbacks
 
 PLAIN = Namespace(
     transformer_impl="local",
@@ -86,9 +87,9 @@ def test_a_parser_without_a_known_argument_is_refused() -> None:
 
 MEGATRON = """
 import json, sys
-from megatron.adaptor import cpu_device, fallbacks, patches
-cpu_device.install()
-patches.apply_all(fallbacks.patches())
+from megatron.adaptor import install
+install()
+from megatron.adaptor.without_engine import fallbacks
 from megatron.training.arguments import parse_args, validate_args
 from megatron.core.datasets.utils import compile_helpers
 compile_helpers()
@@ -97,8 +98,8 @@ names = [default.dest for default in fallbacks.DEFAULTS]
 try:
     validate_args(args)
     error = None
-except ValueError as e:
-    error = str(e)
+except SystemExit as e:
+    error = str(e.code)
 print(json.dumps([{name: getattr(args, name) for name in names}, error]))
 """
 SIZES = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 8 --lr 1e-3 "

@@ -15,7 +15,7 @@ import json, sys
 from megatron.adaptor import install
 install()
 import torch
-from megatron.adaptor.settings import settings_from
+from megatron.adaptor.command_line.refusals import settings_from
 from megatron.training.arguments import parse_args, validate_args
 answers = []
 for argv in json.loads(sys.stdin.read()):

@@ -9,7 +9,7 @@ _PROGRAM = """
 import dataclasses, json, sys
 from megatron.adaptor import install
 install()
-from megatron.adaptor.settings import settings_from
+from megatron.adaptor.command_line.refusals import settings_from
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import parse_args, validate_args
 answers = {}

@@ -383,21 +383,19 @@ def _forward_step(case: Case) -> Callable[..., Any]:
 
 def settings_of(case: Case) -> Any:
     """Return what the flags of ``case`` would have set."""
-    from megatron.adaptor.documents import Packing
-    from megatron.adaptor.settings import Settings
+    from megatron.adaptor.step.read_ahead import Packing
+    from megatron.adaptor.command_line.settings import Settings
     from seq1f1b.sequence import TokenCost
 
     return Settings(
         num_splits=case.num_splits,
         balance_method=case.balance,
-        attention=None,
-        metrics_file=None,
         sequence_length=case.length,
-        multiple=_multiple(case),
+        length_multiple=_multiple(case),
         cost=TokenCost.of_transformer(
             num_layers=case.layers, hidden_size=HIDDEN, num_attention_heads=HEADS
         ),
-        kind=case.kind,
+        schedule_name=case.kind,
         packing=Packing("--some-flag", case.documents, lambda: END) if case.documents else None,
     )
 

@@ -26,7 +26,7 @@ _PROGRAM = """
 import contextlib, io, json, os, sys
 from megatron.adaptor import install
 install()
-from megatron.adaptor.settings import settings_from
+from megatron.adaptor.command_line.refusals import settings_from
 from megatron.training.arguments import parse_args, validate_args
 def refusal(ranks, argv):
     sys.argv = ["script", *argv]

@@ -97,8 +97,8 @@ def agree(total, num_rows, num_micro_batches):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron.adaptor.batch import Replay
-    from megatron.adaptor.documents import Packing, agree_on_documents
+    from megatron.adaptor.step.batch_feed import BatchFeed
+    from megatron.adaptor.step.read_ahead import Packing, agree_on_documents
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(2, 2, create_gloo_process_groups=False)
@@ -109,7 +109,7 @@ def agree(total, num_rows, num_micro_batches):
     reads = groups.tp.rank() == 0 and groups.pp.rank() == 0
     documents = agree_on_documents(
         Packing("--some-flag", "cu_seqlens"),
-        Replay(iter(batches)) if reads else None,
+        BatchFeed(iter(batches)) if reads else None,
         groups,
         num_micro_batches=num_micro_batches,
         num_rows=num_rows,

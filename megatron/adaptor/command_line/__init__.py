@@ -1,0 +1,1 @@
+"""The command line: flags, what they mean for a step, and which cannot be combined."""

@@ -1,0 +1,120 @@
+"""The flags of Seq1F1B on Megatron's command line."""
+
+import argparse
+import re
+from typing import Any
+
+from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.sequence import BALANCE_METHODS
+
+MINDSPEED_SPLITS = 4
+SCHEDULES = ("auto", "1f1b", "zb-h1", "greedy")
+MEGATRON_ATTENTION = "megatron"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags to Megatron's parser, and make its help printable."""
+    group = parser.add_argument_group(title="seq1f1b")
+    group.add_argument(
+        "--seq1f1b-splits",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Number of sub-sequences that each micro-batch is cut into (default: 1, Megatron's own "
+        "schedule, untouched). More splits mean less bubble and less activation memory, as long as "
+        "one sub-sequence still fills the device.",
+    )
+    group.add_argument(
+        "--seq1f1b-balance-method",
+        choices=BALANCE_METHODS,
+        default="uniform_comp",
+        help="Where to cut. average: sub-sequences of equal length. uniform_comp: of equal "
+        "computation, since later tokens attend to more; with packed documents, each micro-batch by "
+        "its own. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seq1f1b-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Round sub-sequence lengths to multiples of N, e.g. a kernel's tile size. Multiples "
+        "that parallelism requires are applied anyway. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--enable-seq1f1b",
+        action="store_true",
+        help=f"Same as --seq1f1b-splits {MINDSPEED_SPLITS} when no number of splits is given.",
+    )
+    group.add_argument(
+        "--seq1f1b-schedule",
+        choices=SCHEDULES,
+        default="auto",
+        help="auto: one split runs in Megatron's own loop; several splits, or packed documents, run "
+        "under Seq1F1B, interleaved with virtual stages. 1f1b: runs one split in Seq1F1B's executor "
+        "too. zb-h1: defers weight gradients to fill gaps (Zero Bubble's ZB-H1 on sub-sequences). "
+        "greedy: searches for the order of forwards and both halves of backwards with the shortest "
+        "simulated step, with or without virtual stages. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seq1f1b-max-live",
+        type=int,
+        default=None,
+        metavar="N",
+        help="With --seq1f1b-schedule greedy: the most sub-sequences (on one model chunk each) that "
+        "a stage may hold from forward to weight gradient (default: as many as the first stage "
+        "holds under Seq1F1B).",
+    )
+    group.add_argument(
+        "--seq1f1b-attention",
+        choices=sorted([*KERNELS, MEGATRON_ATTENTION]),
+        default=None,
+        help="Attention kernel (default: the first of "
+        f"{', '.join(KERNELS)} that supports the tensors). megatron: leave Megatron's attention "
+        "layers untouched, which needs one split.",
+    )
+    group.add_argument(
+        "--seq1f1b-verify",
+        action="store_true",
+        help="Before the first iteration, run one micro-batch whole in Megatron's own loop and once "
+        "more in sub-sequences, and stop unless loss and gradient norm agree. Needs the memory of a "
+        "whole micro-batch's activations on every stage, and --hidden-dropout 0.",
+    )
+    _add_output_arguments(group)
+    _escape_help(parser)
+    return parser
+
+
+def _add_output_arguments(group: Any) -> None:
+    group.add_argument(
+        "--seq1f1b-metrics-file",
+        default=None,
+        metavar="FILE",
+        help="Append one JSON line per iteration: loss, time, tokens/s, TFLOP/s per device, peak "
+        "activation memory and bubble ratio of each stage.",
+    )
+    group.add_argument(
+        "--seq1f1b-trace-file",
+        default=None,
+        metavar="FILE",
+        help="Write the start and end of every action of one iteration on all stages, for "
+        "`seq1f1b timeline --trace FILE` and `seq1f1b simulate --trace FILE`.",
+    )
+    group.add_argument(
+        "--seq1f1b-trace-iteration",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Iteration to trace; the first ones are slower. (default: %(default)s)",
+    )
+
+
+def _escape_help(parser: argparse.ArgumentParser) -> None:
+    """Escape percent signs in help texts that argparse would stumble over."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if not action.help:
+            continue
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = re.sub(r"%(?!%|\((?:default|prog|type|choices)\)s)", "%%", action.help)

@@ -1,0 +1,1 @@
+"""Stand-ins for CUDA and NCCL on a machine without a GPU."""

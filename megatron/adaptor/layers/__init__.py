@@ -1,0 +1,1 @@
+"""Replacements inside the model: attention, positions, losses of layers, weight gradients."""

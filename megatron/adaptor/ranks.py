@@ -1,0 +1,195 @@
+"""Ranks that agree before they train, name the cause when one of them fails, and leave together."""
+
+import argparse
+import atexit
+import hashlib
+import importlib.metadata
+import logging
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron.adaptor.patches import Patch
+
+logger = logging.getLogger(__name__)
+
+# Arguments that may differ between ranks: who a rank is, folders of its machine, ports.
+_MAY_DIFFER = frozenset(
+    {
+        "rank",
+        "local_rank",
+        "data_cache_path",
+        "non_persistent_local_ckpt_dir",
+        "result_rejected_tracker_filename",
+        "tensorboard_dir",
+        "wandb_save_dir",
+        "flight_recorder_dump_path",
+        "memory_snapshot_path",
+        "inference_coordinator_port",
+        "straggler_ctrlr_port",
+        "object_storage_cache_path",
+        "seq1f1b_metrics_file",
+        "seq1f1b_trace_file",
+    }
+)
+_LOST_PEER = re.compile(
+    r"connection (?:closed|reset)|broken pipe|timed out waiting|socket timeout|"
+    r"remote process exited|nccl communicator was aborted|peer",
+    re.IGNORECASE,
+)
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks of one job were started with different arguments or different code."""
+
+
+class PeerLostError(RuntimeError):
+    """This rank stopped because another rank had stopped before."""
+
+
+class Ranks:
+    """Wraps a training job; ``arguments`` returns this process's, once they are known."""
+
+    def __init__(self, arguments: Callable[[], argparse.Namespace | None]) -> None:
+        self._arguments = arguments
+
+    def patches(self) -> list[Patch]:
+        """Return what is replaced at the start and the end of Megatron's training."""
+        return [
+            Patch(
+                "megatron.core.parallel_state:initialize_model_parallel",
+                self.initialize_model_parallel,
+            ),
+            Patch("megatron.training.training:pretrain", self.pretrain),
+        ]
+
+    def initialize_model_parallel(
+        self, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compare arguments and code of all ranks, which differences would leave waiting."""
+        arguments = self._arguments()
+        if arguments is not None and dist.is_initialized() and dist.get_world_size() > 1:
+            check_same(_comparable(arguments))
+        return original(*args, **kwargs)
+
+    def pretrain(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Name the rank and the cause of a failure, and let all ranks leave together."""
+
+        @record
+        def train() -> Any:
+            try:
+                result = original(*args, **kwargs)
+                dist.barrier()
+            except SystemExit as error:
+                if error.code in (None, 0):
+                    logger.warning("%s ends the process with exit code 0", self._where())
+                raise
+            except Exception as error:
+                if not _follows_from_another(error):
+                    raise
+                raise PeerLostError(
+                    f"{self._where()} lost a rank that it exchanges tensors with "
+                    f"({_first_line(error)}). That rank has failed, was killed or has left the "
+                    "job: its own error is the cause"
+                ) from error
+            return result
+
+        result = train()
+        # Only now, so that none loses a connection that it still uses.
+        atexit.register(_destroy_groups)
+        return result
+
+    def _where(self) -> str:
+        iteration = getattr(self._arguments(), "curr_iteration", None)
+        rank = f"rank {dist.get_rank()}" if dist.is_initialized() else "this rank"
+        return rank if iteration is None else f"{rank}, iteration {iteration + 1},"
+
+
+def check_same(own: dict[str, str], group: Any = None) -> None:
+    """Raise RanksDifferError, with names, ranks and values, unless all ranks have the same entries.
+
+    All ranks of ``group`` must call.
+    """
+    digests: list[Any] = [None] * dist.get_world_size(group)
+    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
+    dist.all_gather_object(digests, digest, group=group)
+    if len(set(digests)) == 1:
+        return
+    of_first: list[Any] = [own]
+    dist.broadcast_object_list(of_first, group=group, group_src=0)
+    names = own.keys() | of_first[0].keys()
+    absent = "not there"
+    differing = {
+        name: own.get(name, absent)
+        for name in names
+        if own.get(name, absent) != of_first[0].get(name, absent)
+    }
+    by_rank: list[Any] = [None] * len(digests)
+    dist.all_gather_object(by_rank, differing, group=group)
+    lines = []
+    for name in sorted(set().union(*by_rank)):
+        by_value: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(by_rank):
+            value = theirs.get(name, of_first[0].get(name, absent))
+            by_value.setdefault(value, []).append(rank)
+        values = "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in by_value.items())
+        lines.append(f"  - {_as_flag(name)}: {values}")
+    raise RanksDifferError(
+        "the ranks of this job were not started alike; give all of them the same:\n"
+        + "\n".join(lines)
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _as_flag(name: str) -> str:
+    return name if " " in name else f"--{name.replace('_', '-')}"
+
+
+def _comparable(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return arguments and versions as text, without addresses of objects."""
+    values = {
+        name: re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        for name, value in vars(arguments).items()
+        if name not in _MAY_DIFFER and not name.startswith("_")
+    }
+    return values | {
+        "version of torch": torch.__version__,
+        "version of megatron-core": importlib.metadata.version("megatron-core"),
+        "code of Seq1F1B": _digest_of_code(),
+    }
+
+
+@cache
+def _digest_of_code() -> str:
+    import seq1f1b
+
+    digest = hashlib.sha256()
+    for folder in (Path(seq1f1b.__file__).parent, Path(__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode())
+            digest.update(file.read_bytes())
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def _follows_from_another(error: BaseException) -> bool:
+    """Whether an error only tells that the other end of a connection is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _destroy_groups() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

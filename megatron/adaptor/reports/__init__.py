@@ -1,0 +1,1 @@
+"""Measurements of a step: metrics and traces."""

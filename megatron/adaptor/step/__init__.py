@@ -1,0 +1,1 @@
+"""A training or evaluation step, run by the executor."""

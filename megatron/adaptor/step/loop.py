@@ -1,0 +1,163 @@
+"""Megatron's ``forward_backward_func``: its own loops, measured, or a step of ours."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron.adaptor.layers.known import check_layers
+from megatron.adaptor.patches import Patch
+from megatron.adaptor.step.batch_feed import DataError
+from megatron.adaptor.step.links import Links, close_links, make_links, transport
+from megatron.adaptor.step.planning import plan_step
+from megatron.adaptor.step.step import Step, StepArguments
+from megatron.adaptor.step.verify import verify
+from seq1f1b.runtime import ActionClock, ActionError
+
+if TYPE_CHECKING:
+    from megatron.adaptor.command_line.settings import Settings
+    from megatron.adaptor.session import Session
+
+_UTILS = "megatron.core.utils"
+_SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+
+
+class Loop:
+    """Runs the steps of one process; keeps the links between its stages."""
+
+    def __init__(self, session: "Session") -> None:
+        self._session = session
+        self._links: dict[tuple[Any, bool], Links] = {}
+        self._checked: dict[bool, Any] = {}
+        self._is_verified = False
+        self._has_named_kernel = False
+
+    def patches(self) -> list[Patch]:
+        """Return what is replaced around Megatron's loops and their data."""
+        return [
+            Patch(f"{_SCHEDULES}:get_forward_backward_func", self.get_forward_backward_func),
+            Patch(f"{_UTILS}:get_batch_on_this_cp_rank", self.get_batch_on_this_cp_rank),
+        ]
+
+    def get_forward_backward_func(
+        self, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Callable[..., list[Any]]:
+        """Run sub-sequences in the executor, and measure Megatron's own loops."""
+        session = self._session
+        session.count_vocabulary()
+        loop = original(*args, **kwargs)
+        if session.settings is None or not session.settings.runs_executor:
+            return self._measured(loop)
+
+        def forward_backward(**kwargs: Any) -> list[Any]:
+            return self._run(StepArguments(**kwargs), loop)
+
+        return forward_backward
+
+    def get_batch_on_this_cp_rank(
+        self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Cut a micro-batch to the running sub-sequence."""
+        return original(self._session.cutter.cut(batch), *args, **kwargs)
+
+    def close(self) -> None:
+        """Destroy the links; the next step makes new ones."""
+        while self._links:
+            close_links(self._links.popitem()[1])
+
+    def _measured(self, loop: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        around = self._session.meter.around_loop(loop)
+
+        def forward_backward(**kwargs: Any) -> list[Any]:
+            try:
+                return around(**kwargs)
+            except StopIteration:
+                raise DataError(
+                    "the data iterator ended inside a step: it must deliver as many micro-batches "
+                    "as a step has"
+                ) from None
+            finally:
+                self._session.attention.forget_masks()
+
+        return forward_backward
+
+    def _run(self, arguments: StepArguments, loop: Callable[..., list[Any]]) -> list[Any]:
+        session, settings = self._session, self._session.settings
+        assert settings is not None
+        if settings.verify and arguments.trains and not self._is_verified:
+            self._is_verified = True
+            verify(arguments, loop, lambda step: self._step(step, settings))
+        reports = self._step(arguments, settings)
+        kernel = session.context.kernel_taken
+        if kernel is not None and not self._has_named_kernel:
+            self._has_named_kernel = True
+            _print_once(f"> attention kernel of sub-sequences: {kernel}")
+        return reports
+
+    def _step(self, arguments: StepArguments, settings: "Settings") -> list[Any]:
+        """Plan and run one step; links that a failed step has used are not used again."""
+        session = self._session
+        session.router_losses.forget()
+        hidden = settings.packing.hidden if settings.packing else ()
+        feeds = arguments.feeds(hidden, repeats=settings.num_splits > 1)
+        plan, documents = plan_step(settings, arguments, feeds[0])
+        key = arguments.groups.pp, plan.schedule.num_chunks > 1
+        if key not in self._links:
+            check_layers(arguments.chunks)
+            self._links[key] = make_links(key[0], interleaved=key[1], timeout=settings.timeout)
+            lengths = ", ".join(str(part.length) for part in plan.cuts[0])
+            if documents is not None and settings.balance_method == "uniform_comp":
+                lengths = "by the documents of each micro-batch"
+            _print_once(f"> {plan.schedule.describe()}; lengths {lengths}")
+        step = Step(
+            arguments,
+            plan,
+            session.context,
+            session.cutter,
+            feeds,
+            documents=documents,
+            splits_backwards=settings.splits_backwards,
+            is_checked=self._is_first(arguments),
+        )
+
+        def run(clock: ActionClock) -> list[Any]:
+            return step.run(
+                transport(
+                    self._links[key],
+                    plan,
+                    key[0],
+                    num_shares=arguments.num_shares,
+                    micro_batch_size=arguments.micro_batch_size,
+                    hidden_size=arguments.config.hidden_size,
+                    dtype=arguments.config.pipeline_dtype or arguments.config.params_dtype,
+                ),
+                clock,
+            )
+
+        try:
+            return session.meter.measure(arguments.model, run)
+        except ActionError as error:
+            self._links.pop(key)
+            raise ActionError(f"{self._where()}{error}") from error.__cause__
+        except BaseException:
+            self._links.pop(key)
+            raise
+
+    def _is_first(self, arguments: StepArguments) -> bool:
+        """Whether this forward step trains, or evaluates, for the first time."""
+        script = arguments.forward_step_func
+        is_first = self._checked.get(arguments.trains) is not script
+        self._checked[arguments.trains] = script
+        return is_first
+
+    def _where(self) -> str:
+        args = self._session.args
+        iteration = getattr(args, "curr_iteration", None)
+        rank = f"rank {torch.distributed.get_rank()}, "
+        return rank if iteration is None else f"{rank}iteration {iteration + 1}, "
+
+
+def _print_once(message: str) -> None:
+    from megatron.training.utils import print_rank_0
+
+    print_rank_0(message)
