@@ -13,7 +13,9 @@ import pytest
 
 from megatron.adaptor.cpu import device as cpu_device
 
-INSTALL = "from megatron.adaptor.cpu import device as cpu_device; cpu_device.install(); import torch; "
+INSTALL = (
+    "from megatron.adaptor.cpu import device as cpu_device; cpu_device.install(); import torch; "
+)
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -29,7 +29,9 @@ def test_lengths_are_read_ahead_and_micro_batches_come_again():
     assert next(replay)["tokens"].shape == (2, 5)
 
 
-@pytest.mark.parametrize("replay", [None, BatchFeed(iter([[1, 2]])), BatchFeed(iter([{"text": 1}]))])
+@pytest.mark.parametrize(
+    "replay", [None, BatchFeed(iter([[1, 2]])), BatchFeed(iter([{"text": 1}]))]
+)
 def test_data_that_does_not_say(replay):
     with pytest.raises(ValueError, match=r"must give dicts with 'tokens' \[b, s\]"):
         agree_on_lengths(replay, GROUPS, num_micro_batches=1)

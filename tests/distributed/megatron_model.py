@@ -87,7 +87,7 @@ def worst_gradient_error(case: Case) -> float:
     data = micro_batches(case)
     session.settings = settings_of(case)
     Layout().enter()
-    whole = _whole_model(case)
+    whole = whole_model(case)
     context.use_kernel("reference")
     losses = _run_whole(case, whole, data)
     expected_ahead = _logged_ahead()
@@ -124,7 +124,7 @@ def _run_step(case: Case, whole: Any, data: list[dict[str, Any]]) -> tuple[list[
 
     install().settings = settings_of(case)
     case.layout.enter(case.num_chunks)
-    chunks = _stage_chunks(case, whole)
+    chunks = stage_chunks(case, whole)
     has_chunks = case.num_chunks > 1
     mine = data[parallel_state.get_data_parallel_rank() :: case.replicas]
     reports = get_forward_backward_func()(
@@ -199,6 +199,9 @@ def _config(case: Case, *, is_whole: bool) -> Any:
             "virtual_pipeline_model_parallel_size": case.num_chunks
             if case.num_chunks > 1
             else None,
+            # As Megatron's training sets them: batched, two stages mix up the two directions.
+            "overlap_p2p_comm": case.num_chunks > 1,
+            "batch_p2p_comm": case.num_chunks == 1,
             "tensor_model_parallel_size": case.tensor,
             "sequence_parallel": case.sequence_parallel,
             "context_parallel_size": case.context,
@@ -259,13 +262,13 @@ def _model(
     )
 
 
-def _whole_model(case: Case) -> Any:
+def whole_model(case: Case) -> Any:
     """Build all layers on this rank, the same on every rank."""
     torch.manual_seed(3)
     return _model(case, _config(case, is_whole=True), True, True)
 
 
-def _stage_chunks(case: Case, whole: Any) -> list[Any]:
+def stage_chunks(case: Case, whole: Any) -> list[Any]:
     from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -321,9 +324,9 @@ def _whole_name(model: Any, name: str, case: Case) -> str:
     return ".".join(["decoder.layers", str(layer.layer_number - 1), *rest])
 
 
-def micro_batches(case: Case) -> list[dict[str, Any]]:
+def micro_batches(case: Case, seed: int = 11) -> list[dict[str, Any]]:
     """Make the data of all replicas of ``case``, the same on every rank."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
 
     def batch(length: int) -> dict[str, Any]:
         tokens = torch.randint(0, VOCAB, (BATCH, length + 1), generator=generator)

@@ -61,7 +61,9 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     asked = settings.num_splits > 1 or settings.schedule_name != "auto"
     of_packed = settings.packing is not None
     found = {
-        scope: [row for row in TABLE if row.scope is scope and row.applies(Arguments(args, settings))]
+        scope: [
+            row for row in TABLE if row.scope is scope and row.applies(Arguments(args, settings))
+        ]
         for scope in Scope
     }
     if not asked and of_packed and (found[Scope.CUT] or found[Scope.PACKED]):
@@ -199,8 +201,8 @@ def _is_not(name: str, default: str) -> Applies:
 
 
 def _with_experts(name: str) -> Applies:
-    return lambda arguments: bool(arguments.args.num_experts) and bool(
-        getattr(arguments.args, name, None)
+    return lambda arguments: (
+        bool(arguments.args.num_experts) and bool(getattr(arguments.args, name, None))
     )
 
 
@@ -310,9 +312,7 @@ TABLE: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--cp-comm-type",
-        lambda a: (
-            a.args.context_parallel_size > 1 and set(_listed(a.args.cp_comm_type)) != {"a2a"}
-        ),
+        lambda a: a.args.context_parallel_size > 1 and set(_listed(a.args.cp_comm_type)) != {"a2a"},
         "must be a2a with sub-sequences, which gives each rank whole sub-sequences of its own "
         "heads: add --cp-comm-type a2a",
     ),
@@ -330,7 +330,9 @@ TABLE: tuple[Refusal, ...] = (
     ),
     Refusal("--moe-expert-capacity-factor", _with_experts("moe_expert_capacity_factor"), _DROPS),
     Refusal(
-        "--moe-expert-rank-capacity-factor", _with_experts("moe_expert_rank_capacity_factor"), _DROPS
+        "--moe-expert-rank-capacity-factor",
+        _with_experts("moe_expert_rank_capacity_factor"),
+        _DROPS,
     ),
     Refusal("--moe-paged-stash", _with_experts("moe_paged_stash"), _DROPS),
     Refusal("--moe-enable-routing-replay", _with_experts("moe_enable_routing_replay"), _RECORDS),
@@ -400,8 +402,12 @@ TABLE: tuple[Refusal, ...] = (
     ),
     Refusal("--use-megatron-fsdp", _set("use_megatron_fsdp"), _REMOVE),
     Refusal("--use-torch-fsdp2", _set("use_torch_fsdp2"), _REMOVE),
-    Refusal("--cuda-graph-impl", _is_not("cuda_graph_impl", "none"), "must be none with sub-sequences"),
-    Refusal("--softmax-type", _is_not("softmax_type", "vanilla"), "must be vanilla with sub-sequences"),
+    Refusal(
+        "--cuda-graph-impl", _is_not("cuda_graph_impl", "none"), "must be none with sub-sequences"
+    ),
+    Refusal(
+        "--softmax-type", _is_not("softmax_type", "vanilla"), "must be vanilla with sub-sequences"
+    ),
     Refusal(
         "--context-parallel-size",
         lambda a: a.args.context_parallel_size > 1,

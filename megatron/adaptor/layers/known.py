@@ -26,9 +26,7 @@ def _mixes(module: nn.Module) -> bool:
     core = getattr(module, "core_attention", None)
     if core is not None and not isinstance(core, _replaced_attention()):
         return True
-    return isinstance(
-        module, nn.RNNBase | nn.modules.conv._ConvNd | nn.MultiheadAttention
-    )
+    return isinstance(module, nn.RNNBase | nn.modules.conv._ConvNd | nn.MultiheadAttention)
 
 
 def _replaced_attention() -> tuple[Any, ...]:

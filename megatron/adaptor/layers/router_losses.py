@@ -216,7 +216,10 @@ class RouterLosses:
         padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Keep the z-loss of sub-sequences exact: weigh it by their share of the tokens."""
-        mean, part = original(logits, z_loss_coeff, padding_mask=padding_mask), self._context.cut_part
+        mean, part = (
+            original(logits, z_loss_coeff, padding_mask=padding_mask),
+            self._context.cut_part,
+        )
         if part is None:
             return mean
         losses = self._z_losses.setdefault(self._owner, _ZLoss())

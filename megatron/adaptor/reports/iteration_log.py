@@ -43,9 +43,7 @@ class IterationLog:
         **kwargs: Any,
     ) -> Any:
         """Log tokens/s, TFLOP/s, activation memory and bubble ratio."""
-        result = original(
-            loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
-        )
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         self._log(iteration)
         return result
 

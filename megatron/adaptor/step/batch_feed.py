@@ -121,7 +121,9 @@ class _Item:
         self._leaves, self._structure = pytree.tree_flatten(item)
         self._versions = [_version(leaf) for leaf in self._leaves]
         self._kept = [
-            leaf.clone() if protect and _version(leaf) is not None and not _is_square(leaf) else None
+            leaf.clone()
+            if protect and _version(leaf) is not None and not _is_square(leaf)
+            else None
             for leaf in self._leaves
         ]
 
@@ -192,7 +194,9 @@ class BatchCutter:
     def _cut_entry(self, key: str, value: Any, part: SubSequence) -> Any:
         if key in _UNCUT or key == _MASK:
             return value
-        return pytree.tree_map_only(Tensor, lambda tensor: self._cut_tensor(key, tensor, part), value)
+        return pytree.tree_map_only(
+            Tensor, lambda tensor: self._cut_tensor(key, tensor, part), value
+        )
 
     def _cut_tensor(self, key: str, tensor: Tensor, part: SubSequence) -> Tensor:
         dim = sequence_dim(tensor.shape, part.total, name=key)

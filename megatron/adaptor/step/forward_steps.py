@@ -58,7 +58,9 @@ class ForwardSteps:
         def forward_step(iterator: Any, model: Any, *others: Any) -> Any:
             output, loss_function, call = self._call(action, iterator, model, others)
             if is_last_stage:
-                return self._on_last_stage(action, part, iterator, model, others, loss_function, call)
+                return self._on_last_stage(
+                    action, part, iterator, model, others, loss_function, call
+                )
             if self._is_checked:
                 self._check_inputs(action, part, iterator, model, others, call)
             return output, loss_function

@@ -242,13 +242,17 @@ class _GradientOfLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, gradients: Callable[[], list[Any]], scale: int, *outputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gradients: Callable[[], list[Any]], scale: int, *outputs: Tensor
+    ) -> Tensor:
         ctx.gradients, ctx.scale = gradients, scale
         return outputs[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         factor = grad_output * ctx.scale
-        return None, None, *(
-            None if gradient is None else gradient * factor for gradient in ctx.gradients()
+        return (
+            None,
+            None,
+            *(None if gradient is None else gradient * factor for gradient in ctx.gradients()),
         )

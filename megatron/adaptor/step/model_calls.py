@@ -20,9 +20,7 @@ class ModelCall:
 
 
 @contextmanager
-def observed(
-    model: Any, boundary: Callable[[], None] = lambda: None
-) -> Iterator[list[ModelCall]]:
+def observed(model: Any, boundary: Callable[[], None] = lambda: None) -> Iterator[list[ModelCall]]:
     """Collect the calls of ``model``, or of what it wraps, that happen inside.
 
     ``boundary`` is called before and after each.

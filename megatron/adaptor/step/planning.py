@@ -20,9 +20,7 @@ class PlannedStep(NamedTuple):
     documents: PackedRows | None
 
 
-def plan_step(
-    settings: Settings, arguments: StepArguments, feed: BatchFeed | None
-) -> PlannedStep:
+def plan_step(settings: Settings, arguments: StepArguments, feed: BatchFeed | None) -> PlannedStep:
     """Return what a step runs; all ranks of the pipeline must call.
 
     feed: where this rank's first model chunk reads micro-batches. Raises ValueError where the

@@ -154,9 +154,9 @@ def _same(first: Any, second: Any) -> bool:
 
 def _refuse(where: str) -> None:
     raise RepetitionError(
-        f"{where} reaches the model otherwise for the sub-sequences than for the whole batch: the "
-        "forward step changes it after get_batch_on_this_cp_rank, by position or from call to call. "
-        f"Change it before, {_WAY_OUT}"
+        f"{where} of the model's inputs differs between the sub-sequences and the whole batch: the "
+        "forward step changes it after get_batch_on_this_cp_rank, by its position or from call to "
+        f"call. Change it before that call, {_WAY_OUT}"
     )
 
 

@@ -75,7 +75,9 @@ class StepArguments:
 
     def feeds(self, hidden: Sequence[str], *, repeats: bool) -> list[BatchFeed | None]:
         """Return the data of each model chunk; None where this rank has none."""
-        listed = self.data_iterator if isinstance(self.data_iterator, list) else [self.data_iterator]
+        listed = (
+            self.data_iterator if isinstance(self.data_iterator, list) else [self.data_iterator]
+        )
         return [None if it is None else BatchFeed(it, hidden, repeats=repeats) for it in listed]
 
 

@@ -45,10 +45,10 @@ def verify(
     first = [None if it is None else next(it) for it in listed]
 
     def one_micro_batch() -> StepArguments:
-        again = [None if it is None else iter([item]) for it, item in zip(listed, first, strict=True)]
-        return replace(
-            arguments, data_iterator=again if has_list else again[0], num_microbatches=1
-        )
+        again = [
+            None if it is None else iter([item]) for it, item in zip(listed, first, strict=True)
+        ]
+        return replace(arguments, data_iterator=again if has_list else again[0], num_microbatches=1)
 
     whole = _outcome(arguments, lambda: loop(**vars_of(one_micro_batch())))
     cut = _outcome(arguments, lambda: step(one_micro_batch()))

@@ -12,7 +12,9 @@ def patches() -> list[Patch]:
     return [Patch("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", new_norm)]
 
 
-def new_norm(original: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+def new_norm(
+    original: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Provide sequence parallelism with norms where apex is missing.
 
     A norm works on each token by itself, so it needs no more than a mark on its weights, by which

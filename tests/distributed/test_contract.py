@@ -1,0 +1,123 @@
+"""Anybody's script: the numbers that it has with one split, or a refusal before the first update."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.families import LATENT, LATENT_SPEC, LLAMA, RMS_NORM
+from tests.distributed.megatron_model import Case
+from tests.distributed.situations import (
+    BATCHES,
+    CHANGES,
+    LOSSES,
+    Situation,
+    outcomes,
+)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+# No multiple of the splits, and micro-batches of two sequences.
+_CASE = Case(2, 3, 3)
+_EXPERTS = replace(_CASE, config=LLAMA, spec=RMS_NORM, experts="aux_loss")
+TOLERANCE = 1e-5
+
+UNEVEN = ("mean, unclamped", "sum, count and means", "of sequences", "worst tokens", "narrowed")
+EVERYWHERE = {
+    "virtual stages": replace(_CASE, num_chunks=2, num_micro_batches=4),
+    "zb-h1": replace(_CASE, kind="zb-h1"),
+    "greedy": replace(_CASE, kind="greedy"),
+    "multi-token prediction": replace(_CASE, config=LLAMA | {"mtp_num_layers": 2}, spec=RMS_NORM),
+    "latent attention": replace(_CASE, config=LATENT, spec=LATENT_SPEC),
+    "recomputed": replace(_CASE, recompute=True),
+    "normalised by the step's tokens": replace(_CASE, per_token=True),
+}
+
+
+def check(workers, situations: list[Situation]) -> None:
+    """Assert that every situation equals one split on every rank."""
+    size = situations[0].case.num_ranks
+    by_rank = workers(size).run(outcomes, situations, timeout=300)
+    for situation, *found in zip(situations, *by_rank, strict=True):
+        for outcome in found:
+            assert isinstance(outcome, float), (situation, outcome)
+            assert outcome < TOLERANCE, (situation, outcome)
+
+
+@pytest.mark.parametrize("batch", ["plain", "masked prompt", "labels of -100"])
+def test_every_loss(workers, batch):
+    check(workers, [Situation(_CASE, loss=loss, batch=batch) for loss in LOSSES])
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_losses_under(workers, name):
+    case = EVERYWHERE[name]
+    situations = [Situation(case, loss=loss, batch="masked prompt") for loss in UNEVEN]
+    check(workers, [*situations, Situation(case, loss="squared", evaluates=True)])
+
+
+def test_losses_under_tensor_parallelism(workers):
+    case = replace(_CASE, tensor=2, sequence_parallel=True, config=LLAMA, spec=RMS_NORM)
+    check(workers, [Situation(case, loss=loss, batch="masked prompt") for loss in UNEVEN])
+
+
+def test_losses_under_context_parallelism(workers):
+    """Each rank has its own tokens: any function of the tokens that it has with one split."""
+    case = replace(_CASE, context=2, length=32)
+    losses = ("squared", "worst tokens", "narrowed", "of sequences", "mean", "of logits")
+    situations = [Situation(case, loss=loss, batch="every token counts") for loss in losses]
+    situations += [
+        Situation(replace(case, per_token=True), batch="masked prompt"),
+        Situation(case, batch="every token counts"),
+    ]
+    check(workers, situations)
+
+
+def test_evaluation(workers):
+    check(workers, [Situation(_CASE, loss=loss, evaluates=True) for loss in LOSSES])
+
+
+def test_batches(workers):
+    positions = replace(_CASE, positions="mrope", config={"mrope_section": [1, 1, 0]})
+    situations = [Situation(_CASE, batch=batch) for batch in ("causal mask", "every token counts")]
+    situations += [Situation(positions, batch="positions of M-RoPE")]
+    check(workers, situations)
+
+
+@pytest.mark.parametrize("experts", ["aux_loss", "seq_aux_loss", ["aux_loss", "seq_aux_loss"]])
+def test_experts(workers, experts):
+    """Micro-batches of two sequences; padding does not count, nor a sub-sequence of nothing else."""
+    coefficients = {"moe_aux_loss_coeff": [0.5, 0.3]} if isinstance(experts, list) else {}
+    case = replace(_EXPERTS, experts=experts, config=LLAMA | coefficients)
+    cases = [case, replace(case, per_token=True), replace(case, recompute=True, num_splits=5)]
+    situations = [Situation(c, batch=b) for c in cases for b in ("plain", "padding mask")]
+    check(workers, situations)
+
+
+def test_changes_that_repeat(workers):
+    check(workers, [Situation(_CASE, change=change) for change in ("nothing", "scaled mask")])
+
+
+REFUSED = {
+    ("change", "rolled labels"): "'labels' of the model's inputs differs",
+    ("change", "own positions"): "'position_ids' of the model's inputs differs",
+    ("change", "random mask"): "the forward step draws random numbers",
+    ("change", "kept state"): "the loss of a micro-batch differs when the forward step",
+    ("batch", "prefix mask"): "attention mask of shape [1, 1, 30, 30] that is not causal",
+}
+
+
+def test_every_batch_and_change_is_exact_or_refused(workers):
+    """On one stage, where no other rank waits; a refused step leaves nothing behind."""
+    case = replace(_CASE, num_stages=1, layers=2)
+    situations = [Situation(case, change=change) for change in CHANGES]
+    situations += [
+        Situation(case, batch=batch) for batch in BATCHES if batch != "positions of M-RoPE"
+    ]
+    (found,) = workers(1).run(outcomes, situations, timeout=300)
+    for situation, outcome in zip(situations, found, strict=True):
+        why = REFUSED.get(("change", situation.change)) or REFUSED.get(("batch", situation.batch))
+        if why is None:
+            assert isinstance(outcome, float), (situation, outcome)
+            assert outcome < TOLERANCE, situation
+        else:
+            assert why in str(outcome), situation
