@@ -20,8 +20,8 @@ import torch.distributed as dist
 from gpt import forward_step, make_batch, make_config, make_groups, make_part, token_cost, wrap
 from report import device_name
 
-from megatron.adaptor.session import Session
 from megatron.adaptor.command_line.settings import Settings
+from megatron.adaptor.session import Session
 from megatron.adaptor.step.step import Step
 from seq1f1b.runtime import ActionClock, ActivationMeter
 from seq1f1b.schedule import Action, Kind, Schedule, interleaved

@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from report import device_name, setting
 
+from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.reports.metrics import bubble_ratios
 from megatron.adaptor.session import Session
-from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.sequence import TokenCost
 
 # Heads and vocabulary of the tiny model of exp.sh.

@@ -170,6 +170,5 @@ def _differences(original: Callable[..., Any], replacement: Callable[..., Any]) 
             is_optional = takes_rest or parameter.default is not inspect.Parameter.empty
             if not (is_optional and parameter.kind is inspect.Parameter.KEYWORD_ONLY):
                 yield f"has no parameter {name} any more"
-        elif parameter.kind in _BY_PLACE and known[name].kind in _BY_PLACE:
-            if places.index(name) != place:
-                yield f"has {name} at place {places.index(name)}, not {place}"
+        elif {parameter.kind, known[name].kind} <= {*_BY_PLACE} and places.index(name) != place:
+            yield f"has {name} at place {places.index(name)}, not {place}"

@@ -12,11 +12,11 @@ from megatron.adaptor.layers.positions import Positions
 from megatron.adaptor.layers.router_losses import RouterLosses
 from megatron.adaptor.layers.transformer_engine import EngineConfiguration
 from megatron.adaptor.patches import Attribute, Patch
+from megatron.adaptor.ranks import Ranks
 from megatron.adaptor.reports.iteration_log import IterationLog
 from megatron.adaptor.reports.metrics import StepMeter
 from megatron.adaptor.step.batch_feed import BatchCutter
 from megatron.adaptor.step.loop import Loop
-from megatron.adaptor.ranks import Ranks
 from megatron.adaptor.without_engine import distributed_optimizer, fallbacks, norms, tokenizer
 from seq1f1b.runtime import ExecutionContext
 

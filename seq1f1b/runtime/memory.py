@@ -1,10 +1,14 @@
 """Exact count of the activations that autograd keeps alive on the CPU, and the CUDA equivalent."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from seq1f1b.attention import CarryPool
 from seq1f1b.runtime.weight_gradients import WeightGradients
@@ -16,6 +20,9 @@ class ActivationMeter:
     On the CPU every storage that the graph holds is counted once, from the moment it is saved to
     the moment it is freed; ``constants`` (parameters and buffers) do not count. On CUDA it is the
     allocator's peak above what was allocated when the step began.
+
+    While it measures, it owns autograd's hooks for saved tensors: hooks that code inside opens run
+    as ever, and what they make of a tensor is counted in its place.
     """
 
     def __init__(
@@ -24,7 +31,7 @@ class ActivationMeter:
         self._carries = carries
         self._weight_gradients = weight_gradients
         self._on_cuda = device == "cuda"
-        self._holders: dict[int, int] = {}
+        self._held: dict[int, _Storage] = {}
         self._constants: frozenset[int] = frozenset()
         self._at_rest = 0
         self.live_bytes = 0
@@ -40,52 +47,101 @@ class ActivationMeter:
             yield
             self.peak_bytes = torch.cuda.max_memory_allocated() - self._at_rest
             return
-        self._constants = frozenset(_address(constant) for constant in constants)
+        self._constants = frozenset(_identity(constant) for constant in constants)
         self._carries.on_take = self._update_peak
         self._weight_gradients.on_defer = self._update_peak
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            with _hooks_owned_by(self._pack), saved_tensors_hooks(lambda x: x, lambda x: x):
                 yield
         finally:
             self._carries.on_take = self._weight_gradients.on_defer = None
 
-    def _pack(self, tensor: Tensor) -> "Tensor | _Saved":
-        address = _address(tensor)
-        if address in self._constants or tensor.device.type != "cpu":
-            return tensor
-        if address not in self._holders:
-            self._holders[address] = 0
-            self.live_bytes += tensor.untyped_storage().nbytes()
-            self._update_peak()
-        self._holders[address] += 1
-        return _Saved(self, tensor, address)
+    def recount(self) -> None:
+        """Look at the sizes of all storages again: some were emptied, or filled again, in place."""
+        for held in self._held.values():
+            now = held.storage.nbytes()
+            self.live_bytes += now - held.num_bytes
+            held.num_bytes = now
+        self._update_peak()
 
-    def _drop(self, address: int, num_bytes: int) -> None:
-        self._holders[address] -= 1
-        if self._holders[address] == 0:
-            del self._holders[address]
-            self.live_bytes -= num_bytes
+    def _pack(self, packed: Any) -> Any:
+        """Count the tensors in what a hook has made of a saved tensor."""
+        return pytree.tree_map_only(Tensor, self._hold, packed)
+
+    def _hold(self, tensor: Tensor) -> "Tensor | _Saved":
+        if tensor.device.type != "cpu" or _identity(tensor) in self._constants:
+            return tensor
+        identity = _identity(tensor)
+        held = self._held.get(identity)
+        if held is None:
+            storage = tensor.untyped_storage()
+            held = self._held[identity] = _Storage(storage, storage.nbytes())
+            self.live_bytes += held.num_bytes
+            self._update_peak()
+        held.num_holders += 1
+        return _Saved(self, tensor, identity)
+
+    def _drop(self, identity: int) -> None:
+        held = self._held[identity]
+        held.num_holders -= 1
+        if held.num_holders == 0:
+            del self._held[identity]
+            self.live_bytes -= held.num_bytes
 
     def _update_peak(self) -> None:
         elsewhere = self._carries.bytes_in_use + self._weight_gradients.bytes_in_use
         self.peak_bytes = max(self.peak_bytes, self.live_bytes + elsewhere)
 
 
+@dataclass
+class _Storage:
+    """A storage that saved tensors share, and the size with which it is counted."""
+
+    storage: torch.UntypedStorage
+    num_bytes: int
+    num_holders: int = 0
+
+
 class _Saved:
-    """Keeps a tensor for autograd and tells the meter when autograd lets go of it."""
+    """Keeps a tensor for autograd and tells the meter when autograd drops it."""
 
-    __slots__ = ("address", "meter", "tensor")
+    __slots__ = ("identity", "meter", "tensor")
 
-    def __init__(self, meter: ActivationMeter, tensor: Tensor, address: int) -> None:
-        self.meter, self.tensor, self.address = meter, tensor, address
+    def __init__(self, meter: ActivationMeter, tensor: Tensor, identity: int) -> None:
+        self.meter, self.tensor, self.identity = meter, tensor, identity
 
     def __del__(self) -> None:
-        self.meter._drop(self.address, self.tensor.untyped_storage().nbytes())
+        self.meter._drop(self.identity)
 
 
-def _unpack(saved: "Tensor | _Saved") -> Tensor:
-    return saved.tensor if isinstance(saved, _Saved) else saved
+@contextmanager
+def _hooks_owned_by(count: Callable[[Any], Any]) -> Iterator[None]:
+    """Let ``count`` see what every pair of hooks packs that is opened inside.
+
+    Autograd calls the innermost pair only, so each pair gets ``count`` behind its own.
+    """
+    enter = saved_tensors_hooks.__enter__
+
+    def owned(hooks: saved_tensors_hooks) -> None:
+        pack, unpack = hooks.pack_hook, hooks.unpack_hook
+        hooks.pack_hook = lambda tensor: count(pack(tensor))
+        hooks.unpack_hook = lambda packed: unpack(_unwrapped(packed))
+        try:
+            enter(hooks)
+        finally:
+            hooks.pack_hook, hooks.unpack_hook = pack, unpack
+
+    saved_tensors_hooks.__enter__ = owned  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _unwrapped(packed: Any) -> Any:
+    return pytree.tree_map_only(_Saved, lambda saved: saved.tensor, packed)
+
+
+def _identity(tensor: Tensor) -> int:
+    """Return what a storage is known by while it lives, wherever its data move."""
+    return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Weight gradients deferred to an action of their own, so that they can fill gaps in the pipeline."""
+"""Weight gradients deferred to an action of their own, where they fill gaps in the pipeline."""
 
 from collections import defaultdict
 from collections.abc import Callable

@@ -386,8 +386,8 @@ def _forward_step(case: Case) -> Callable[..., Any]:
 
 def settings_of(case: Case) -> Any:
     """Return what the flags of ``case`` would have set."""
-    from megatron.adaptor.step.read_ahead import Packing
     from megatron.adaptor.command_line.settings import Settings
+    from megatron.adaptor.step.read_ahead import Packing
     from seq1f1b.sequence import TokenCost
 
     return Settings(

@@ -26,8 +26,8 @@ class Situation:
     """A training script and its data, by the names of its parts.
 
     loss: one of LOSSES. batch: one of BATCHES. change: one of CHANGES, made to the batch after it
-    was cut. case: shape of the pipeline and the model. evaluates: go forward only. iterations: steps
-    with an update after each.
+    was cut. case: shape of the pipeline and the model. evaluates: go forward only. iterations:
+    steps with an update after each.
     """
 
     case: Case
@@ -221,20 +221,16 @@ def run(situation: Situation) -> Result:
     replica = parallel_state.get_data_parallel_rank()
     forward_step = forward_step_of(situation)
     result = Result()
+
+    def reader(iteration: int) -> Iterator[Any]:
+        """Return the same data anew, since scripts may change it in place."""
+        data = micro_batches(case, seed=11 + iteration)[replica :: case.replicas]
+        return iter([BATCHES[situation.batch](batch) for batch in data])
+
     for iteration in range(situation.iterations):
-        data = [
-            BATCHES[situation.batch](batch) for batch in micro_batches(case, seed=11 + iteration)
-        ]
-
-        def reader() -> Iterator[Any]:
-            mine = data[replica :: case.replicas]
-            return iter(
-                [{k: v.clone() if isinstance(v, Tensor) else v for k, v in b.items()} for b in mine]
-            )
-
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[reader() for _ in chunks] if has_chunks else reader(),
+            data_iterator=[reader(iteration) for _ in chunks] if has_chunks else reader(iteration),
             model=chunks if has_chunks else chunks[0],
             num_microbatches=case.num_micro_batches,
             seq_length=case.length,

@@ -1,4 +1,4 @@
-"""Anybody's script: the numbers that it has with one split, or a refusal before the first update."""
+"""Any script gets the numbers of one split, or a refusal before the first update."""
 
 from dataclasses import replace
 
@@ -85,7 +85,7 @@ def test_batches(workers):
 
 @pytest.mark.parametrize("experts", ["aux_loss", "seq_aux_loss", ["aux_loss", "seq_aux_loss"]])
 def test_experts(workers, experts):
-    """Micro-batches of two sequences; padding does not count, nor a sub-sequence of nothing else."""
+    """Padding does not count, even where a sub-sequence holds nothing else."""
     coefficients = {"moe_aux_loss_coeff": [0.5, 0.3]} if isinstance(experts, list) else {}
     case = replace(_EXPERTS, experts=experts, config=LLAMA | coefficients)
     cases = [case, replace(case, per_token=True), replace(case, recompute=True, num_splits=5)]

@@ -74,3 +74,47 @@ def test_count_agrees_with_resident_memory():
     assert counted > 512 * MIB
     # The last output belongs to the program, not to autograd.
     assert abs(grown - 16 * MIB - counted) < 0.05 * counted
+
+
+def test_a_storage_that_is_emptied_and_filled_again_counts_what_it_holds():
+    x = torch.randn(MIB // 4, requires_grad=True)
+    meter = ActivationMeter(CarryPool(), WeightGradients())
+    with meter.measuring([x]):
+        y = x * 2
+        z = y.exp()  # saves z
+        z.square()  # saves z again
+        storage = z.untyped_storage()
+        kept = z.detach().clone()
+        storage.resize_(0)
+        meter.recount()
+        assert meter.live_bytes == 0
+        storage.resize_(MIB)
+        z.detach().copy_(kept)
+        meter.recount()
+        assert meter.live_bytes == MIB
+        z.sum().backward()
+        del y, z
+        gc.collect()
+    assert meter.live_bytes == 0
+    assert meter.peak_bytes == MIB
+
+
+def test_hooks_of_code_inside_are_seen():
+    x = torch.randn(MIB // 4, requires_grad=True)
+    meter = ActivationMeter(CarryPool(), WeightGradients())
+
+    def halved(tensor):
+        return "scaled", tensor.half()
+
+    with meter.measuring([x]):
+        y = (x * 0.1).exp()
+        assert meter.live_bytes == MIB
+        with torch.autograd.graph.saved_tensors_hooks(halved, lambda packed: packed[1].float()):
+            z = y.exp()  # packs its result in half the bytes
+        assert meter.live_bytes == 3 * MIB // 2
+        z.sum().backward()
+        expected = z.detach() * y.detach() * 0.1
+        del y, z
+        gc.collect()
+        assert meter.live_bytes == 0
+    torch.testing.assert_close(x.grad, expected, rtol=2e-3, atol=1e-4)

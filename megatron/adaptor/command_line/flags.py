@@ -20,17 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help="Number of sub-sequences that each micro-batch is cut into (default: 1, Megatron's own "
-        "schedule, untouched). More splits mean less bubble and less activation memory, as long as "
-        "one sub-sequence still fills the device.",
+        help="Number of sub-sequences that each micro-batch is cut into (default: 1, Megatron's "
+        "own schedule, untouched). More splits mean less bubble and less activation memory, as "
+        "long as one sub-sequence still fills the device.",
     )
     group.add_argument(
         "--seq1f1b-balance-method",
         choices=BALANCE_METHODS,
         default="uniform_comp",
         help="Where to cut. average: sub-sequences of equal length. uniform_comp: of equal "
-        "computation, since later tokens attend to more; with packed documents, each micro-batch by "
-        "its own. (default: %(default)s)",
+        "computation, since later tokens attend to more; with packed documents, each micro-batch "
+        "by its own. (default: %(default)s)",
     )
     group.add_argument(
         "--seq1f1b-multiple",
@@ -49,20 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--seq1f1b-schedule",
         choices=SCHEDULES,
         default="auto",
-        help="auto: one split runs in Megatron's own loop; several splits, or packed documents, run "
-        "under Seq1F1B, interleaved with virtual stages. 1f1b: runs one split in Seq1F1B's executor "
-        "too. zb-h1: defers weight gradients to fill gaps (Zero Bubble's ZB-H1 on sub-sequences). "
-        "greedy: searches for the order of forwards and both halves of backwards with the shortest "
-        "simulated step, with or without virtual stages. (default: %(default)s)",
+        help="auto: one split runs in Megatron's own loop; several splits, or packed documents, "
+        "run under Seq1F1B, interleaved with virtual stages. 1f1b: runs one split in Seq1F1B's "
+        "executor too. zb-h1: defers weight gradients to fill gaps (Zero Bubble's ZB-H1 on "
+        "sub-sequences). greedy: searches for the order of forwards and both halves of backwards "
+        "with the shortest simulated step, with or without virtual stages. (default: %(default)s)",
     )
     group.add_argument(
         "--seq1f1b-max-live",
         type=int,
         default=None,
         metavar="N",
-        help="With --seq1f1b-schedule greedy: the most sub-sequences (on one model chunk each) that "
-        "a stage may hold from forward to weight gradient (default: as many as the first stage "
-        "holds under Seq1F1B).",
+        help="With --seq1f1b-schedule greedy: the most sub-sequences (on one model chunk each) "
+        "that a stage may hold from forward to weight gradient (default: as many as the first "
+        "stage holds under Seq1F1B).",
     )
     group.add_argument(
         "--seq1f1b-attention",
@@ -75,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--seq1f1b-verify",
         action="store_true",
-        help="Before the first iteration, run one micro-batch whole in Megatron's own loop and once "
-        "more in sub-sequences, and stop unless loss and gradient norm agree. Needs the memory of a "
-        "whole micro-batch's activations on every stage, and --hidden-dropout 0.",
+        help="Before the first iteration, run one micro-batch whole in Megatron's own loop and "
+        "once more in sub-sequences, and stop unless loss and gradient norm agree. Needs the "
+        "memory of a whole micro-batch's activations on every stage, and --hidden-dropout 0.",
     )
     _add_output_arguments(group)
     _escape_help(parser)

@@ -1,4 +1,4 @@
-"""Which arguments cannot work, and what to do about each: one table, one place that lists and exits."""
+"""The table of arguments that cannot work, each with the way out, and the one place that exits."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ Applies = Callable[[Arguments], bool]
 
 
 class Scope(Enum):
-    """When a refusal counts: always, with sub-sequences, or with packed documents in the executor."""
+    """When a refusal counts. Packed documents count where the executor runs them."""
 
     ALWAYS = "always"
     CUT = "with sub-sequences"
@@ -139,7 +139,8 @@ def _schedule_faults(arguments: Arguments) -> Iterator[str]:
     try:
         settings.schedule(args.pipeline_model_parallel_size, num_chunks, micro_batches, trains=True)
     except ScheduleError as error:
-        yield f"--seq1f1b-schedule {settings.schedule_name} made a schedule that cannot run: {error}"
+        yield f"--seq1f1b-schedule {settings.schedule_name} made a schedule that cannot run: "
+        f"{error}"
     except ValueError as error:
         yield f"--seq1f1b-schedule {settings.schedule_name}: {error}"
 
@@ -251,8 +252,8 @@ TABLE: tuple[Refusal, ...] = (
         "--seq1f1b-attention",
         lambda a: a.settings.kernel is not None and not is_available(a.settings.kernel),
         lambda a: (
-            f"{a.settings.attention} needs a package or a GPU that is not here: leave the flag out, "
-            "and the best kernel that is available is used"
+            f"{a.settings.attention} needs a package or a GPU that is not here: leave the flag "
+            "out, and the best kernel that is available is used"
         ),
         Scope.ALWAYS,
     ),
@@ -379,8 +380,8 @@ TABLE: tuple[Refusal, ...] = (
     Refusal(
         "--pipeline-model-parallel-layout",
         _predicts_ahead_of_the_last_stage,
-        "must put multi-token prediction (m) into the last stage, with the loss (L), when there are "
-        "sub-sequences",
+        "must put multi-token prediction (m) into the last stage, with the loss (L), when there "
+        "are sub-sequences",
     ),
     Refusal("--hybrid-layer-pattern", _set("hybrid_layer_pattern"), _RECURRENT),
     Refusal("--linear-attention-freq", _set("linear_attention_freq"), _RECURRENT),

@@ -24,10 +24,10 @@ class Settings:
     """Flags of Seq1F1B, read once.
 
     attention: a kernel's name, None for the best that is available. length_multiple: what every
-    sub-sequence length must be a multiple of. cost: of a token of the whole model. schedule_name: one
-    of SCHEDULES. max_live: see ``greedy``. packing: how documents in a sequence are told apart; None
-    if each sequence is one. verify: whether to compare with Megatron's own loop first. timeout: of an
-    exchange between stages.
+    sub-sequence length must be a multiple of. cost: of a token of the whole model. schedule_name:
+    one of SCHEDULES. max_live: see ``greedy``. packing: how documents in a sequence are told apart;
+    None if each sequence is one. verify: whether to compare with Megatron's own loop first.
+    timeout: of an exchange between stages.
     """
 
     num_splits: int

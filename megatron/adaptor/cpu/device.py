@@ -32,7 +32,8 @@ import torch
 import torch.utils._device as torch_device
 import torch.utils.data
 
-from megatron.adaptor.cpu import gloo as cpu_gloo, memory as cpu_memory
+from megatron.adaptor.cpu import gloo as cpu_gloo
+from megatron.adaptor.cpu import memory as cpu_memory
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Which layers may run on sub-sequences: those whose tokens meet only in attention that is replaced."""
+"""Refuse layers in which a sub-sequence would not see the ones before it."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a mixture of experts: those of the whole micro-batch, though it comes in cuts.
+"""Auxiliary losses of a mixture of experts, exact for micro-batches that come in sub-sequences.
 
 The load-balancing loss of a micro-batch of T tokens (arXiv 2101.03961, equations 4 to 6) is
 
@@ -154,7 +154,7 @@ class RouterLosses:
         needs_dp_avg: bool = True,
         valid_token_count: Any = None,
     ) -> Any:
-        """Multiply by the tokens of the micro-batch, not by a sub-sequence's, under per-token loss."""
+        """Multiply by the micro-batch's tokens, not by a sub-sequence's, under per-token loss."""
         part = self._context.cut_part
         if part is not None and router.calculate_per_token_loss:
             count = activation.shape[0] if valid_token_count is None else valid_token_count
@@ -243,12 +243,12 @@ class RouterLosses:
             self._router = None
 
     def _check_padding(self, router: Any, flag: str, *, exact: bool) -> None:
-        """Refuse losses that Megatron weighs by the tokens of each rank, which are others in cuts."""
+        """Refuse losses that Megatron weighs by the tokens of each rank: a cut changes those."""
         if self._context.cut_part is not None and router.tp_cp_group.size() > 1 and not exact:
             raise ValueError(
                 f"{flag} with a padding mask depends on which rank has which token, under "
-                "--sequence-parallel and --context-parallel-size: leave the padding mask out, or use "
-                "--seq1f1b-splits 1"
+                "--sequence-parallel and --context-parallel-size: leave the padding mask out, or "
+                "use --seq1f1b-splits 1"
             )
 
     @property

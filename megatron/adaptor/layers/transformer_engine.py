@@ -20,7 +20,7 @@ class EngineConfiguration:
         return [Patch(f"{config}.__post_init__", self.configure)]
 
     def configure(self, original: Callable[[Any], None], config: Any) -> None:
-        """Let Transformer Engine's layers add up gradients of sub-sequences, in a W if there are any.
+        """Let Transformer Engine's layers add up gradients of sub-sequences, deferred to any W.
 
         Its layers take the first forward of a step for the first backward too: there they overwrite
         the gradient buffer instead of adding to it. Of sub-sequences the first is the last to go

@@ -115,11 +115,24 @@ class StepMeter:
     def patches(self) -> list[Patch]:
         """Return what is replaced in Megatron to time its own loops, and whole iterations."""
         schedules = "megatron.core.pipeline_parallel.schedules"
+        emptied = "megatron.core.tensor_parallel.random:CheckpointWithoutOutput"
         return [
+            Patch(f"{emptied}.discard_output_and_register_recompute", self.emptied),
+            Patch(f"{emptied}._recompute", self.filled),
             Patch(f"{schedules}:forward_step", self.forward_step),
             Patch(f"{schedules}:backward_step", self.backward_step),
             Patch("megatron.training.training:train_step", self.train_step),
         ]
+
+    def emptied(self, original: Callable[..., Any], checkpoint: Any, hook_tensor: Any) -> Any:
+        """Count outputs that are emptied until the backward computes them again."""
+        original(checkpoint, hook_tensor)
+        self._activations.recount()
+
+    def filled(self, original: Callable[..., Any], checkpoint: Any, *args: Any) -> Any:
+        """Count outputs that the backward has computed again."""
+        original(checkpoint, *args)
+        self._activations.recount()
 
     def forward_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Time the forwards of Megatron's own loops."""

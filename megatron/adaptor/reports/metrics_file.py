@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 class MetricsFile:
     """Appends iterations to ``path``, each of which is in the file once.
 
-    Lines of iterations that come again, as after a resumption, are moved to ``<path>.replaced`` when
-    the first line is written. A file that cannot be written is given up with a warning: training
-    goes before its log.
+    Lines of iterations that come again, as after a resumption, are moved to ``<path>.replaced``
+    when the first line is written. A file that cannot be written is given up with a warning:
+    training goes before its log.
     """
 
     def __init__(self, path: Path) -> None:

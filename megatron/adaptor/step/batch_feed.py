@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -222,7 +221,7 @@ def sequence_dim(shape: Sequence[int], total: int, *, name: str) -> int | None:
     if len(found) > 1:
         raise ValueError(
             f"{name!r} of the batch has shape {list(shape)}, of which several dimensions are as "
-            f"long as the sequence of {total} tokens: sub-sequences cannot cut it; leave it out, or "
-            "use --seq1f1b-splits 1"
+            f"long as the sequence of {total} tokens: sub-sequences cannot cut it; leave it out, "
+            "or use --seq1f1b-splits 1"
         )
     return found[0]

@@ -1,6 +1,6 @@
 """Megatron's ``forward_backward_func``: its own loops, measured, or a step of ours."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch

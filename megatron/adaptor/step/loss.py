@@ -1,11 +1,11 @@
 """The loss of a micro-batch that arrives in sub-sequences, computed once, on all of it.
 
-On the last stage the last sub-sequence's forward comes before any gradient of its micro-batch is asked
-for. So the model's outputs are kept, and after the last sub-sequence the script's forward step runs once
-more on the uncut batch, with a model that answers with the joined outputs. Its loss function may then
-be any function of them, as with one split: a mean, a weighted or narrowed sum, a loss of whole
-sequences. Its gradient with respect to the outputs is dealt out to the sub-sequences, whose backwards
-begin with it. That keeps outputs, never activations.
+On the last stage the last sub-sequence's forward comes before any gradient of its micro-batch is
+asked for. So the model's outputs are kept, and after the last sub-sequence the script's forward
+step runs once more on the uncut batch, with a model that answers with the joined outputs. Its loss
+function may then be any function of them, as with one split: a mean, a weighted or narrowed sum, a
+loss of whole sequences. Its gradient with respect to the outputs is dealt out to the sub-sequences,
+whose backwards begin with it. That keeps outputs, never activations.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,7 +119,7 @@ class Losses:
         del self._outputs[micro_batch]
 
     def counted(self, loss: WholeLoss) -> Tensor:
-        """Return the tokens by which Megatron divides, which is only done with --calculate-per-token-loss."""
+        """Return the tokens by which Megatron divides the step: none without per-token loss."""
         return loss.num_tokens if self._per_token else torch.zeros_like(loss.num_tokens)
 
     def calls(self, micro_batch: int) -> Sequence[ModelCall]:
@@ -168,8 +168,8 @@ class Losses:
             raise LossError(
                 f"the model's output has shape {list(pieces[0].shape)} for a sub-sequence of "
                 f"{shards.own_lengths[0]} tokens, and no dimension that counts them: return losses "
-                "or logits of each token, [b, s, ...], and reduce them in the loss function, or use "
-                "--seq1f1b-splits 1"
+                "or logits of each token, [b, s, ...], and reduce them in the loss function, or "
+                "use --seq1f1b-splits 1"
             )
         whole = torch.cat([piece.detach() for piece in pieces], dim)
         return _Joined(shards.as_one_split(whole, dim), dim)

@@ -1,7 +1,8 @@
 """Attention masks that scripts bring: are they what sub-sequences attend by?
 
-Masks are Megatron's: boolean, ``[b or 1, 1 or heads, queries, keys]``, True where a key is hidden. They
-are compared with the causal mask a block of rows at a time, so no second matrix of all pairs is made.
+Masks are Megatron's: boolean, ``[b or 1, 1 or heads, queries, keys]``, True where a key is hidden.
+They are compared with the causal mask a block of rows at a time, so no second matrix of all pairs
+is made.
 """
 
 from collections.abc import Sequence

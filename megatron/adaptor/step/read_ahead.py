@@ -1,9 +1,9 @@
 """Facts that only the first stage can read from its data, and every stage needs before a step.
 
-Megatron's own schedules send each shape ahead of its tensor, and its middle stages read no data. With
-sub-sequences every stage has to know, before the first action, how long each micro-batch is and where
-its documents begin: both decide where the micro-batch is cut. So the first stage reads the step's
-micro-batches ahead, and one small tensor goes through the pipeline.
+Megatron's own schedules send each shape ahead of its tensor, and its middle stages read no data.
+With sub-sequences every stage has to know, before the first action, how long each micro-batch is
+and where its documents begin: both decide where the micro-batch is cut. So the first stage reads
+the step's micro-batches ahead, and one small tensor goes through the pipeline.
 """
 
 from collections.abc import Callable, Mapping, Sequence

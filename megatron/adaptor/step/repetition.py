@@ -1,8 +1,9 @@
 """Does a forward step do the same when it is called again for the same micro-batch?
 
-With sub-sequences a script's forward step runs once per sub-sequence, and on the last stage once more on
-the uncut batch. Whatever differs between these calls, because the script draws random numbers, keeps
-state or changes its batch after the cut, would silently train on something else than one split does.
+With sub-sequences a script's forward step runs once per sub-sequence, and on the last stage once
+more on the uncut batch. Whatever differs between these calls, because the script draws random
+numbers, keeps state or changes its batch after the cut, would silently train on something else than
+one split does.
 """
 
 import inspect
@@ -187,6 +188,7 @@ def _random_state() -> tuple[Any, ...]:
     states = [torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
-    name, keys, place, *rest = np.random.get_state()
+    # The generator that scripts draw from by np.random.rand and its like.
+    name, keys, place, *rest = np.random.get_state()  # noqa: NPY002
     numpy = name, np.asarray(keys).tobytes(), place, *rest
     return (random.getstate(), numpy, *(state.numpy().tobytes() for state in states))

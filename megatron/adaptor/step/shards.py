@@ -15,7 +15,7 @@ from seq1f1b.sequence import SubSequence
 
 
 class Shards:
-    """Moves what belongs to tokens between the two ways of dealing them out; all ranks must call."""
+    """Exchanges values of tokens between the two ways of dealing them out; all ranks must call."""
 
     def __init__(self, parts: Sequence[SubSequence], group: Any) -> None:
         self._parts = parts

@@ -85,8 +85,8 @@ class Step:
     """The computations of one step on this stage.
 
     plan: what runs. feeds: data of each model chunk. documents: of each micro-batch's rows, if they
-    are packed. splits_backwards: whether weight gradients have actions of their own. is_checked: see
-    ForwardSteps.
+    are packed. splits_backwards: whether weight gradients have actions of their own. is_checked:
+    see ForwardSteps.
     """
 
     def __init__(
