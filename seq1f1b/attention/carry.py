@@ -64,7 +64,8 @@ class LayerCarry:
 
     def _accumulator(self, like: Tensor, num_tokens: int) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return self._pool.take((num_tokens, *like.shape[1:]), dtype, like.device)
+        shape = num_tokens, *like.shape[1:]
+        return self._pool.take(shape, dtype, like.device, reuse=self._reuse)
 
 
 class CarryPool:
@@ -103,8 +104,8 @@ class CarryPool:
         if layer not in carries:
             carries[layer] = LayerCarry(
                 self,
-                self.take((total, *keys.shape[1:]), keys.dtype, keys.device),
-                self.take((total, *values.shape[1:]), values.dtype, values.device),
+                self.take((total, *keys.shape[1:]), keys.dtype, keys.device, reuse=reuse),
+                self.take((total, *values.shape[1:]), values.dtype, values.device, reuse=reuse),
                 reuse=reuse,
             )
         return carries[layer]
@@ -115,7 +116,12 @@ class CarryPool:
             carry.release()
 
     def trim(self) -> None:
-        """Free the buffers of shapes that were not asked for since the last call."""
+        """Free the buffers of shapes that nothing asked for since the last call.
+
+        If no buffer was asked for that is worth keeping, all are kept for a step that needs them.
+        """
+        if not self._asked_for:
+            return
         for key in self._free.keys() - self._asked_for:
             self.bytes_held -= sum(buffer.nbytes for buffer in self._free.pop(key))
         self._asked_for.clear()
@@ -126,9 +132,17 @@ class CarryPool:
         self.bytes_held -= self.bytes_in_use
         self.bytes_in_use = 0
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Hand out an uninitialised buffer."""
-        self._asked_for.add((shape, dtype, device))
+    def take(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        reuse: bool = True,
+    ) -> Tensor:
+        """Hand out an uninitialised buffer; with ``reuse`` its shape is worth keeping."""
+        if reuse:
+            self._asked_for.add((shape, dtype, device))
         free = self._free[shape, dtype, device]
         if free:
             buffer = free.pop()

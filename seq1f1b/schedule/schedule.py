@@ -26,6 +26,11 @@ class Schedule:
         """Return the same schedule with other action lists."""
         return replace(self, stages=stages, lowered=lowered)
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Stages, model chunks of each, micro-batches, and sub-sequences of each."""
+        return self.num_stages, self.num_chunks, self.num_micro_batches, self.num_splits
+
     def upstream(self, stage: int, chunk: int) -> tuple[int, int] | None:
         """Return (stage, chunk) of the model part before this one; None for the first."""
         if stage > 0:

@@ -49,7 +49,7 @@ def test_a_later_sub_sequence_may_not_fetch_more():
     next(feed)
     feed.select(0)
     next(feed)
-    with pytest.raises(DataError, match="fetched 1 item.* for the first sub-sequence"):
+    with pytest.raises(DataError, match=r"fetched 1 item\(s\) for the first sub-sequence"):
         next(feed)
 
 
@@ -61,6 +61,17 @@ def test_changes_in_place_do_not_last():
         assert value(batch) == 0
         batch["tokens"].add_(1)
         batch["more"] = batch.pop("tokens")
+
+
+def test_tensors_that_share_memory_change_together():
+    text = torch.arange(5)
+    feed = BatchFeed(iter([{"tokens": text[:-1], "labels": text[1:]}]))
+    for _ in range(3):
+        feed.select(0)
+        batch = next(feed)
+        batch["tokens"].clamp_(max=2)
+        assert batch["tokens"].tolist() == [0, 1, 2, 2]
+        assert batch["labels"].tolist() == [1, 2, 2, 4]
 
 
 def test_a_mask_that_is_changed_in_place_is_refused():

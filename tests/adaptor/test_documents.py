@@ -71,14 +71,16 @@ def test_a_first_stage_without_data_is_refused():
 
 def test_reading_ahead_changes_nothing_for_scripts():
     given = [{"tokens": number, "cu_seqlens": 5} for number in range(5)]
-    replay = BatchFeed(iter(given), hidden=packing("cu_seqlens").hidden)
+    feed = BatchFeed(iter(given), hidden=packing("cu_seqlens").hidden)
     seen = []
     for number in (3, 2):
-        ahead = replay.read_ahead(number)
+        ahead = feed.read_ahead(number)
         assert ahead == given[len(seen) : len(seen) + number]
         for _ in range(number):
-            replay.go_on()
-            first = next(replay)
+            micro_batch = len(seen)
+            feed.select(micro_batch)
+            first = next(feed)
             first.pop("tokens")
-            seen.append(next(replay))
+            feed.select(micro_batch)
+            seen.append(next(feed))
     assert seen == [{"tokens": number, "cu_seqlens": None} for number in range(5)]

@@ -153,7 +153,7 @@ REFUSED = {
     ),
     "an attention kernel that is not there": (
         ["--seq1f1b-splits", "4", "--seq1f1b-attention", "flash-attn-2"],
-        ["--seq1f1b-attention flash-attn-2 does not find its package or a GPU"],
+        ["--seq1f1b-attention flash-attn-2 needs a package or a GPU that is not here: leave"],
     ),
     "several at once": (
         ["--seq1f1b-splits", "0", "--attention-dropout", "0.1", "--seq1f1b-schedule", "1f1b"],

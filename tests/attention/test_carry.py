@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from seq1f1b.attention import CarryPool
+from seq1f1b.runtime import ExecutionContext
+from seq1f1b.schedule import Action
 from seq1f1b.sequence import sub_sequences
 
 PARTS = sub_sequences((6, 5, 4))
@@ -72,3 +74,39 @@ def test_peak_can_be_measured_again():
     assert pool.peak_bytes > 0
     pool.reset_peak()
     assert pool.peak_bytes == 0
+
+
+def test_buffers_of_other_lengths_are_freed():
+    pool = CarryPool()
+    keys = torch.zeros(4, 1, 2, 8)
+    held = []
+    for total in (16, 32, 16, 8):
+        pool.carry("micro-batch", "layer", total, keys, keys)
+        pool.release("micro-batch")
+        pool.trim()
+        held.append(pool.bytes_held)
+    per_token = 2 * 2 * 8 * 4
+    assert held == [total * per_token for total in (16, 32, 16, 8)]
+    pool.carry("micro-batch", "layer", 5, keys, keys, reuse=False)
+    pool.release("micro-batch")
+    pool.trim()
+    assert pool.bytes_held == 8 * per_token
+
+
+def test_a_failed_step_leaves_nothing():
+    context = ExecutionContext()
+    keys = torch.zeros(4, 1, 2, 8)
+
+    def fail():
+        with context.step():
+            context.carries.carry("micro-batch", "layer", 16, keys, keys)
+            deferring = Action.parse("0I0.0")
+            context.weight_gradients.add(deferring, lambda x, y: None, keys, keys)
+            raise RuntimeError("it fails")
+
+    with pytest.raises(RuntimeError, match="it fails"):
+        fail()
+    context.carries.check_whole()
+    context.weight_gradients.check_empty()
+    assert context.carries.bytes_held == 0
+    assert context.weight_gradients.bytes_in_use == 0

@@ -31,6 +31,9 @@ class Case:
 
     tensor, context, experts_shared, replicas: ranks per stage that share weights, tokens, experts
     (among replicas) and micro-batches; num_micro_batches is per replica.
+    rows: sequences in a micro-batch.
+    attention: the kernel, by name; megatron leaves its layers alone. order: actions of a single
+    stage in place of a generated schedule.
     against_one_split: compare with the same ranks in Megatron's own schedule, not the whole model.
     engine: whether the pipeline's layers keep gradients in transformer-engine's way.
     config, spec, model, ddp: further arguments of Megatron's configuration, layer spec, GPTModel
@@ -45,6 +48,7 @@ class Case:
     layers: int = LAYERS
     num_chunks: int = 1
     length: int = 30
+    rows: int = BATCH
     positions: str = "rope"
     tied: bool = False
     recompute: bool = False
@@ -60,6 +64,8 @@ class Case:
     replicas: int = 1
     against_one_split: bool = False
     engine: bool = False
+    attention: str | None = None
+    order: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -133,7 +139,7 @@ def _run_step(case: Case, whole: Any, data: list[dict[str, Any]]) -> tuple[list[
         model=chunks if has_chunks else chunks[0],
         num_microbatches=case.num_micro_batches,
         seq_length=case.length,
-        micro_batch_size=BATCH,
+        micro_batch_size=case.rows,
     )
     return chunks, reports
 
@@ -329,14 +335,14 @@ def micro_batches(case: Case, seed: int = 11) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
 
     def batch(length: int) -> dict[str, Any]:
-        tokens = torch.randint(0, VOCAB, (BATCH, length + 1), generator=generator)
-        mask = (torch.rand(BATCH, length, generator=generator) < 0.7).float()
+        tokens = torch.randint(0, VOCAB, (case.rows, length + 1), generator=generator)
+        mask = (torch.rand(case.rows, length, generator=generator) < 0.7).float()
         mask[:, :8] = 0.0  # early sub-sequences may have no token that counts
         whole = {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:],
             "loss_mask": mask,
-            "position_ids": torch.arange(length).expand(BATCH, -1),
+            "position_ids": torch.arange(length).expand(case.rows, -1),
             "attention_mask": None,
             "cu_seqlens": None,
         }
@@ -399,8 +405,19 @@ def settings_of(case: Case) -> Any:
             num_layers=case.layers, hidden_size=HIDDEN, num_attention_heads=HEADS
         ),
         schedule_name=case.kind,
+        attention=case.attention,
+        given=_given(case),
         packing=Packing("--some-flag", case.documents, lambda: END) if case.documents else None,
     )
+
+
+def _given(case: Case) -> Any:
+    from seq1f1b.schedule import Action, Schedule
+
+    if not case.order:
+        return None
+    actions = tuple(map(Action.parse, case.order.split()))
+    return Schedule("given", 1, 1, case.num_micro_batches, case.num_splits, (actions,))
 
 
 def _multiple(case: Case) -> int:

@@ -76,9 +76,9 @@ def test_a_rank_that_raises_ends_the_job(tmp_path):
     )
     ended = time.time()
     assert run.returncode != 0
-    # Fifth forward of stage 1: the first sub-sequence of micro-batch 1.
-    assert "stage 1, step" in run.stderr
-    raised = re.search(r"action 0F1\.0: cosmic ray at ([0-9.]+)", run.stderr)
+    # Fifth call on stage 1: that for the loss of micro-batch 0, with its last sub-sequence.
+    assert "rank 1, iteration 1, stage 1, step" in run.stderr
+    raised = re.search(r"action 0F0\.3: cosmic ray at ([0-9.]+)", run.stderr)
     assert raised, run.stderr[-4000:]
     assert ended - float(raised[1]) < 30
 

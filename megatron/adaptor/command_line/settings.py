@@ -25,9 +25,10 @@ class Settings:
 
     attention: a kernel's name, None for the best that is available. length_multiple: what every
     sub-sequence length must be a multiple of. cost: of a token of the whole model. schedule_name:
-    one of SCHEDULES. max_live: see ``greedy``. packing: how documents in a sequence are told apart;
-    None if each sequence is one. verify: whether to compare with Megatron's own loop first.
-    timeout: of an exchange between stages.
+    one of SCHEDULES. given: runs in place of a generated schedule where its shape fits. max_live:
+    see ``greedy``. packing: how documents in a sequence are told apart; None if each sequence is
+    one. verify: whether to compare with Megatron's own loop first. timeout: of an exchange between
+    stages.
     """
 
     num_splits: int
@@ -41,6 +42,7 @@ class Settings:
     max_live: int | None = None
     trace_file: str | None = None
     trace_iteration: int = 0
+    given: Schedule | None = None
     packing: Packing | None = None
     verify: bool = False
     timeout: timedelta | None = None
@@ -51,7 +53,8 @@ class Settings:
 
         That loop does not pass documents to middle stages, so one split of them runs here too.
         """
-        return self.num_splits > 1 or self.schedule_name != "auto" or self.packing is not None
+        named = self.schedule_name != "auto" or self.given is not None
+        return self.num_splits > 1 or named or self.packing is not None
 
     @property
     def replaces_attention(self) -> bool:
@@ -104,7 +107,10 @@ def _schedule(
     settings: Settings, num_stages: int, num_chunks: int, num_micro_batches: int, trains: bool
 ) -> Schedule:
     shape = num_stages, num_chunks, num_micro_batches, settings.num_splits
-    if not trains:
+    given = settings.given
+    if given is not None and trains and given.shape == shape:
+        schedule = given
+    elif not trains:
         schedule = forward_only(*shape)
     elif settings.schedule_name == "greedy":
         lengths = [part.length for part in settings.cut(settings.sequence_length)]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron.adaptor.layers.context_parallel import to_heads, to_tokens
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.step.masks import CausalMasks, MaskError
+from megatron.adaptor.step.shards import dealt
 from seq1f1b.runtime import ExecutionContext
 
 _LOCAL = "megatron.core.transformer.dot_product_attention:DotProductAttention"
@@ -132,8 +134,15 @@ class Attention:
         """
         if mask is None:
             return True
-        size = query.shape[0], key.shape[0]
-        return tuple(mask.shape[-2:]) == size and self._masks.is_causal(mask)
+        group = parallel_state.get_context_parallel_group()
+        num_ranks = 1 if group is None else group.size()
+        size = query.shape[0], key.shape[0] * num_ranks
+        if tuple(mask.shape[-2:]) != size:
+            return False
+        positions = None
+        if num_ranks > 1:
+            positions = dealt(torch.arange(size[1], device=mask.device), num_ranks)[group.rank()]
+        return self._masks.is_causal(mask, positions)
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float

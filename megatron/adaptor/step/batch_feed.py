@@ -5,6 +5,7 @@ Training scripts fetch a whole micro-batch in every forward step and pass it thr
 lets scripts work that know nothing of sub-sequences.
 """
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -113,36 +114,36 @@ class BatchFeed:
 class _Item:
     """One item of the data iterator, handed out as it was fetched however often it is asked for.
 
-    Tensors that a script has changed in place are handed out as clones of what they were.
+    Once a script has changed a tensor in place, copies are handed out of all as they were, which
+    share memory where the originals do.
     """
 
     def __init__(self, item: Any, *, protect: bool) -> None:
         self._leaves, self._structure = pytree.tree_flatten(item)
         self._versions = [_version(leaf) for leaf in self._leaves]
-        self._kept = [
-            leaf.clone()
-            if protect and _version(leaf) is not None and not _is_square(leaf)
-            else None
-            for leaf in self._leaves
-        ]
+        kept = [leaf if _is_protected(leaf) else None for leaf in self._leaves]
+        self._kept = copy.deepcopy(kept) if protect else []
 
     def handed_out(self) -> Any:
         """Return the item, whose containers are new."""
-        leaves = [
-            self._unchanged(index) if _version(leaf) != self._versions[index] else leaf
-            for index, leaf in enumerate(self._leaves)
+        leaves = self._leaves
+        changed = [
+            leaf
+            for leaf, version in zip(leaves, self._versions, strict=True)
+            if _version(leaf) != version
         ]
+        if changed:
+            if not all(map(_is_protected, changed)):
+                raise DataError(
+                    "the forward step changes an attention mask of its batch in place, so the same "
+                    "micro-batch cannot be used for several sub-sequences: clone the mask first, "
+                    "or use --seq1f1b-splits 1"
+                )
+            kept = copy.deepcopy(self._kept)
+            leaves = [
+                own if copied is None else copied for own, copied in zip(leaves, kept, strict=True)
+            ]
         return pytree.tree_unflatten(leaves, self._structure)
-
-    def _unchanged(self, index: int) -> Tensor:
-        kept = self._kept[index]
-        if kept is None:
-            raise DataError(
-                "the forward step changes an attention mask of its batch in place, so the same "
-                "micro-batch cannot be used for several sub-sequences: clone the mask first, or "
-                "use --seq1f1b-splits 1"
-            )
-        return kept.clone()
 
 
 def _version(leaf: Any) -> int | None:
@@ -150,9 +151,11 @@ def _version(leaf: Any) -> int | None:
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None
 
 
-def _is_square(tensor: Tensor) -> bool:
-    """Whether this is a mask of every pair of tokens, too large to keep twice."""
-    return tensor.dim() >= 3 and tensor.shape[-1] == tensor.shape[-2]
+def _is_protected(leaf: Any) -> bool:
+    """Whether a copy is kept: of all tensors but masks of all pairs of tokens, which are large."""
+    if _version(leaf) is None:
+        return False
+    return not (leaf.dim() >= 3 and leaf.shape[-1] == leaf.shape[-2])
 
 
 class BatchCutter:

@@ -19,9 +19,12 @@ class MaskError(ValueError):
     """An attention mask that sub-sequences cannot honour."""
 
 
-def is_causal(mask: Tensor) -> bool:
-    """Whether ``mask`` hides exactly the keys behind each query, aligned to the bottom right."""
-    return _hides(mask, None)
+def is_causal(mask: Tensor, positions: Tensor | None = None) -> bool:
+    """Whether ``mask`` hides exactly the keys behind each query.
+
+    positions: of the queries among the keys, ``[queries]``; None if they are the last.
+    """
+    return _hides(mask, None, positions)
 
 
 def check_mask(mask: Tensor, documents: Sequence[Documents] | None) -> None:
@@ -42,13 +45,13 @@ class CausalMasks:
     def __init__(self) -> None:
         self._checked: tuple[Tensor, int, bool] | None = None
 
-    def is_causal(self, mask: Tensor) -> bool:
+    def is_causal(self, mask: Tensor, positions: Tensor | None = None) -> bool:
         """See ``is_causal``; looks at the same mask once."""
         if self._checked is not None:
             seen, version, outcome = self._checked
             if _is_same(seen, mask) and mask._version == version:
                 return outcome
-        outcome = is_causal(mask)
+        outcome = is_causal(mask, positions)
         self._checked = mask.detach(), mask._version, outcome
         return outcome
 
@@ -67,7 +70,9 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _hides(mask: Tensor, documents: Sequence[Documents] | None) -> bool:
+def _hides(
+    mask: Tensor, documents: Sequence[Documents] | None, positions: Tensor | None = None
+) -> bool:
     if mask.dtype != torch.bool or mask.dim() < 2:
         return False
     *leading, num_queries, num_keys = mask.shape
@@ -80,11 +85,13 @@ def _hides(mask: Tensor, documents: Sequence[Documents] | None) -> bool:
         return False
     block = max(1, _ELEMENTS_AT_A_TIME // num_keys)
     keys = torch.arange(num_keys, device=mask.device)
+    if positions is None:
+        positions = keys[num_keys - num_queries :]
     starts = None if documents is None else _starts(documents, mask.device)
     for row, rows in enumerate(mask.reshape(rows_of_batch, -1, num_queries, num_keys)):
         for first in range(0, num_queries, block):
-            queries = torch.arange(first, min(first + block, num_queries), device=mask.device)
-            hidden = keys > (queries + num_keys - num_queries)[:, None]
+            queries = positions[first : first + block]
+            hidden = keys > queries[:, None]
             if starts is not None:
                 # A mask that all rows share has to fit each of them.
                 of_rows = starts if rows_of_batch == 1 else starts[row : row + 1]

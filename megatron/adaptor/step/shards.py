@@ -50,15 +50,16 @@ class Shards:
     @cached_property
     def _of_one_split(self) -> list[Tensor]:
         """Positions of each rank's tokens with one split."""
-        return _dealt(torch.arange(self._parts[-1].total), self._size)
+        return dealt(torch.arange(self._parts[-1].total), self._size)
 
     @cached_property
     def _of_sub_sequences(self) -> list[Tensor]:
         """Positions of each rank's tokens of all sub-sequences."""
-        dealt = [_dealt(torch.arange(part.start, part.stop), self._size) for part in self._parts]
-        return [torch.cat(of_rank) for of_rank in zip(*dealt, strict=True)]
+        of_parts = [dealt(torch.arange(part.start, part.stop), self._size) for part in self._parts]
+        return [torch.cat(of_rank) for of_rank in zip(*of_parts, strict=True)]
 
 
-def _dealt(positions: Tensor, size: int) -> list[Tensor]:
+def dealt(positions: Tensor, size: int) -> list[Tensor]:
+    """Return which of ``positions`` each of ``size`` ranks of context parallelism has."""
     pieces = positions.chunk(2 * size)
     return [torch.cat((pieces[rank], pieces[-1 - rank])) for rank in range(size)]
