@@ -7,7 +7,7 @@ unset CDPATH PYTHONHOME
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   # needs nothing installed, where the system's Python is not too old
-  python3 "$root/tools/sweep" --help 2>/dev/null && exit
+  python3 "$root/seq1f1b_tools/sweep" --help 2>/dev/null && exit
 fi
 python=$(bash "$root/tools/setup_env.sh") || exit 1
-exec "$python" "$root/tools/sweep" "$@"
+exec "$python" "$root/seq1f1b_tools/sweep" "$@"

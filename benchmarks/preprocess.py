@@ -37,7 +37,7 @@ MAX_RATIO = 1.25
 BARE_LOOP = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-from preprocessing.bpe import load_gpt2_bpe
+from seq1f1b_tools.preprocessing.bpe import load_gpt2_bpe
 tokenizer = load_gpt2_bpe(sys.argv[3], sys.argv[4])
 start = time.perf_counter()
 batch = []
@@ -116,7 +116,7 @@ def time_tool(data: Path, num_workers: int) -> tuple[float, float]:
 def time_bare_loop(data: Path, environment: dict[str, str]) -> float:
     """Seconds of the loop alone, without the start of its process."""
     files = [data / "corpus.jsonl", data / "tokenizer/vocab.json", data / "tokenizer/merges.txt"]
-    command = [sys.executable, "-c", BARE_LOOP, ROOT / "tools", *files]
+    command = [sys.executable, "-c", BARE_LOOP, ROOT, *files]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return float(done.stdout)
 

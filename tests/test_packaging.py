@@ -1,4 +1,4 @@
-"""The wheel holds both packages and works beside Megatron-Core from any folder."""
+"""The wheel holds every package and works beside Megatron-Core from any folder."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("seq1f1b", "megatron", "tests", "tools"):
+    for name in ("seq1f1b", "seq1f1b_tools", "megatron", "tests", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     folder = tmp_path_factory.mktemp("wheel")
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -31,12 +31,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
         str(path.relative_to(ROOT))
-        for package in ("seq1f1b", "megatron/adaptor")
+        for package in ("seq1f1b", "seq1f1b_tools", "megatron/adaptor")
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }

@@ -1,0 +1,1 @@
+"""The tools around training: data preprocessing, checkpoint conversion and the sweep."""
