@@ -81,7 +81,9 @@ class Manifest:
         done = self._steps.get(step, {})
         return done.get("settings") == settings and done.get("file_sizes") == _sizes(files)
 
-    def record(self, step: str, settings: dict[str, Any], files: Sequence[Path], **facts: Any):
+    def record(
+        self, step: str, settings: dict[str, Any], files: Sequence[Path], **facts: Any
+    ) -> None:
         """Note a step as done."""
         self._steps[step] = {"settings": settings, "file_sizes": _sizes(files), **facts}
         beside = self._path.with_name(self._path.name + ".tmp")

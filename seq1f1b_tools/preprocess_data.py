@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, other_flags: Sequence[str]) -> None:
         from seq1f1b_tools.preprocessing.sentences import sentence_splitter
 
         split = sentence_splitter(args.lang, args.keep_newlines)
-    encoder = DocumentEncoder(tokenizer, args.append_eod, split)
+    encoder = DocumentEncoder(tokenizer, tokenizer.eod if args.append_eod else None, split)
     partitions = 1 if args.keep_sequential_samples else args.partitions
     dtype = token_dtype(tokenizer.vocab_size)
     writers: list[IndexedWriter] = []

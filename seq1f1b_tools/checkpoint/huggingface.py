@@ -120,7 +120,7 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
     if len(shards) == 1:
         (folder / _part(0)).rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / _part(number)).rename(folder / file)

@@ -27,12 +27,12 @@ class DocumentEncoder:
 
     Attributes:
         tokenizer: for the sentences.
-        append_eod: end each document that is not empty with the end-of-document token.
+        eod: token to end each document with that is not empty; None to end it without one.
         split: a text to its sentences; None to take each text as one.
     """
 
     tokenizer: BatchTokenizer
-    append_eod: bool
+    eod: int | None
     split: Callable[[str], list[str]] | None
 
     @property
@@ -52,8 +52,8 @@ class DocumentEncoder:
         num_sequences: list[int] = []
         for document in texts:
             kept = [ids for ids in itertools.islice(encoded, len(document)) if ids]
-            if kept and self.append_eod:
-                kept[-1].append(self.tokenizer.eod)
+            if kept and self.eod is not None:
+                kept[-1].append(self.eod)
             sequences += kept
             num_sequences.append(len(kept))
         lengths = [len(ids) for ids in sequences]

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
     # before anything is imported that has to be installed first
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        from seq1f1b_tools.sweep.variables import help_text
+        from seq1f1b_tools.sweep.settings import help_text
 
         print(help_text())
         sys.exit()

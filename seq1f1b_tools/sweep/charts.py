@@ -2,22 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seq1f1b_tools.sweep.report import Result
 
 Panel = Callable[[Axes, Sequence[Result], dict[str, str]], None]
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -80,10 +84,10 @@ def _figure(results: Sequence[Result], panel: Panel, title: str) -> Figure:
         axes.margins(y=0.14)
     for axes in grid.flat[len(settings) :]:
         axes.set_axis_off()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[v]) for v in variants]
+    handles: list[Artist] = [Rectangle((0, 0), 1, 1, color=colours[v]) for v in variants]
     labels = [_label(v) for v in variants]
     if panel is _throughput:
-        handles.append(plt.Line2D([], [], color="black", linewidth=1.4, linestyle=(0, (2, 1))))
+        handles.append(Line2D([], [], color="black", linewidth=1.4, linestyle=(0, (2, 1))))
         labels.append("1F1B x speedup in theory")
     figure.suptitle(title, fontweight="bold")
     widths = [_INCHES_PER_LETTER * len(label) + 0.7 for label in labels]
@@ -111,7 +115,7 @@ def _throughput(axes: Axes, group: Sequence[Result], colours: dict[str, str]) ->
         height = result.summary.tokens_per_second
         axes.bar(place, height, 0.72, color=colours[result.run.variant])
         text = f"{height:,.0f}"
-        if result.speedup is not None and not result.run.is_baseline:
+        if result.baseline is not None and not result.run.is_baseline:
             text += f"\n{result.speedup:.2f}x"
             theory = result.baseline.tokens_per_second * result.run.speedup
             axes.hlines(
@@ -120,7 +124,7 @@ def _throughput(axes: Axes, group: Sequence[Result], colours: dict[str, str]) ->
                 place + 0.36,
                 colors="black",
                 linewidth=1.4,
-                linestyles=[(0, (2, 1))],
+                linestyles=(0, (2, 1)),
             )
         axes.text(
             place,
@@ -155,7 +159,7 @@ def _memory(axes: Axes, group: Sequence[Result], colours: dict[str, str]) -> Non
             axes.bar_label(bars, [f"{mib:,.0f}" for mib in peaks], fontsize=8, padding=2)
     axes.set_xticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
     if num_stages > 4:
-        axes.set_xticks(range(num_stages), range(num_stages))
+        axes.set_xticks(range(num_stages), map(str, range(num_stages)))
         axes.set_xlabel("stage")
     absent = [f"{_label(r.run.variant)}: {_missing(r)}" for r in group if r.summary is None]
     axes.text(

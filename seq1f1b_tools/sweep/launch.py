@@ -1,7 +1,8 @@
-"""Start runs, wait for them, and end each whole if it has to be ended."""
+"""Start runs, wait for them, end each whole if need be, and find in its log why it failed."""
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,11 +11,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seq1f1b_tools.sweep.failures import explain
-
 _TICK_SECONDS = 0.25
 # torchrun itself gives its workers 30 seconds
 _SECONDS_TO_END = 40
+_TAIL_BYTES = 1 << 20
+_MAX_LENGTH = 400
+_RANK = re.compile(r"^\[rank\d+\]:\s?")
+_ERROR = re.compile(
+    r"^(?:[\w.]*(?:Error|Exception|Interrupt|Exit|Violation)\b(?::|$)|[\w./-]+: error: ).*"
+)
+_LIST_ITEM = re.compile(r"^\s+- ")
+# what other ranks report when one has gone
+_CONSEQUENCE = re.compile(
+    r"ChildFailedError|SignalException|Connection (?:closed|reset|refused)|Broken pipe"
+    r"|remote process exited|recvValue failed|Watchdog caught collective",
+    re.IGNORECASE,
+)
+_OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|DefaultCPUAllocator: (?:can't|not enough)"
+    r"|\bMemoryError\b|std::bad_alloc|Cannot allocate memory",
+    re.IGNORECASE,
+)
+_KILLED = re.compile(r"exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)")
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ def launch(jobs: Sequence[Job], timeout: float, tick: Callable[[float], None]) -
     """
     start = time.monotonic()
     outcomes: dict[int, Outcome] = {}
-    processes: list[subprocess.Popen] = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         processes += map(_start, jobs)
         while len(outcomes) < len(jobs):
@@ -69,7 +87,7 @@ def launch(jobs: Sequence[Job], timeout: float, tick: Callable[[float], None]) -
     return [outcomes[number] for number in range(len(jobs))]
 
 
-def _start(job: Job) -> subprocess.Popen:
+def _start(job: Job) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w") as stream:
         stream.write(f"$ {shlex.join(job.command)}\n")
@@ -85,7 +103,7 @@ def _start(job: Job) -> subprocess.Popen:
 
 
 def _ending(
-    job: Job, process: subprocess.Popen, seconds: float, timeout: float
+    job: Job, process: subprocess.Popen[bytes], seconds: float, timeout: float
 ) -> tuple[str, str] | None:
     """Return status and error of a run that has ended, or that is ended here; None if it runs."""
     if process.poll() is not None:
@@ -99,7 +117,7 @@ def _ending(
     return None
 
 
-def _end(processes: Sequence[subprocess.Popen]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End processes, and what they started: torchrun puts each worker in a session of its own."""
     running = [process for process in processes if process.poll() is None]
     family = {pid: _started(pid) for process in running for pid in _descendants(process.pid)}
@@ -134,3 +152,46 @@ def _started(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None
+
+
+# ---------------------------------------- why a run failed
+
+
+def explain(log: Path, exit_status: int) -> tuple[str, str]:
+    """Return the status of a run that ended with ``exit_status``, and its error in one line."""
+    lines = _last_lines(log)
+    for line in reversed(lines):
+        if _OUT_OF_MEMORY.search(line):
+            return "oom", _shorten(line)
+    error = _error(lines)
+    if error:
+        return "failed", error
+    if exit_status == -signal.SIGKILL or any(_KILLED.search(line) for line in lines):
+        return "oom", "a process was killed (signal 9), most likely because host memory ran out"
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return "failed", _shorten(last) or f"ended with status {exit_status} and no message"
+
+
+def _last_lines(log: Path) -> list[str]:
+    with log.open("rb") as stream:
+        stream.seek(0, 2)
+        stream.seek(max(0, stream.tell() - _TAIL_BYTES))
+        text = stream.read().decode(errors="replace")
+    return [_RANK.sub("", line) for line in text.splitlines()]
+
+
+def _error(lines: list[str]) -> str:
+    """Find the last error that is not the echo of another rank's, with its list if it has one."""
+    for number in reversed(range(len(lines))):
+        if not _ERROR.match(lines[number]) or _CONSEQUENCE.search(lines[number]):
+            continue
+        stop = number + 1
+        while stop < len(lines) and _LIST_ITEM.match(lines[stop]):
+            stop += 1
+        return _shorten(" ".join(line.strip() for line in lines[number:stop]))
+    return ""
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_LENGTH else text[: _MAX_LENGTH - 3] + "..."

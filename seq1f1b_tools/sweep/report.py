@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from seq1f1b_tools.sweep.metrics import Summary, largest_loss_difference, speedup
 from seq1f1b_tools.sweep.plan import Run
+from seq1f1b_tools.sweep.records import Summary, largest_loss_difference, speedup
 
 
 @dataclass(frozen=True)

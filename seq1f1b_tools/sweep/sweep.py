@@ -7,22 +7,29 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
 
-from seq1f1b_tools.sweep.command import TRAINING_SCRIPT, identity, launcher, training_arguments
 from seq1f1b_tools.sweep.corpus import Corpus, prepare
 from seq1f1b_tools.sweep.launch import Job, Outcome, launch
-from seq1f1b_tools.sweep.metrics import read_metrics, summarize
 from seq1f1b_tools.sweep.nodes import Nodes, NodesError
-from seq1f1b_tools.sweep.plan import Run, plan_runs, why_not
-from seq1f1b_tools.sweep.records import Output, Record
+from seq1f1b_tools.sweep.plan import (
+    TRAINING_SCRIPT,
+    Run,
+    identity,
+    launcher,
+    plan_runs,
+    training_arguments,
+    why_not,
+)
+from seq1f1b_tools.sweep.records import Output, Record, read_metrics, summarize
 from seq1f1b_tools.sweep.report import Result
 from seq1f1b_tools.sweep.settings import Settings
-from seq1f1b_tools.sweep.turns import Turns
+from seq1f1b_tools.sweep.turns.conductor import Turns
 
 Launcher = Callable[[Run, int], list[str]]
 _STOPPED_ELSEWHERE = "stopped on this node"
@@ -169,7 +176,7 @@ class Sweep:
 
     def _bring_to_an_end(self, runs: list[Run]) -> None:
         for run in runs:
-            self.nodes.decide(f"start/{run.name}", lambda n=run.name: str(self.output.forget(n)))
+            self.nodes.decide(f"start/{run.name}", partial(self._forget, run))
         with self.console.status("starting") as status:
             outcomes = self._launch(runs, status)
         for run, outcome in zip(runs, outcomes, strict=True):
@@ -177,6 +184,10 @@ class Sweep:
             if self.nodes.is_first:
                 self._settle(run, [Outcome(**json.loads(text)) for text in reported])
                 self._say(f"{self._place(run)}: {self._known(run)}")
+
+    def _forget(self, run: Run) -> str:
+        self.output.forget(run.name)
+        return "forgotten"
 
     def _launch(self, runs: list[Run], status: Status) -> list[Outcome]:
         def tick(seconds: float) -> None:

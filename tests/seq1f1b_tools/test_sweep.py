@@ -15,15 +15,21 @@ import pytest
 from rich.console import Console
 
 from seq1f1b_tools.sweep.corpus import Corpus, CorpusError, prepare
-from seq1f1b_tools.sweep.failures import explain
+from seq1f1b_tools.sweep.launch import explain
 from seq1f1b_tools.sweep.main import main, sweep_and_report
-from seq1f1b_tools.sweep.metrics import largest_loss_difference, read_metrics, speedup, summarize
 from seq1f1b_tools.sweep.nodes import Nodes, NodesError
 from seq1f1b_tools.sweep.pinned import own_cores
 from seq1f1b_tools.sweep.plan import plan_runs, why_not
-from seq1f1b_tools.sweep.settings import ROOT, Settings, SettingsError, read_settings
+from seq1f1b_tools.sweep.records import largest_loss_difference, read_metrics, speedup, summarize
+from seq1f1b_tools.sweep.settings import (
+    ROOT,
+    VARIABLES,
+    Settings,
+    SettingsError,
+    help_text,
+    read_settings,
+)
 from seq1f1b_tools.sweep.sweep import Sweep
-from seq1f1b_tools.sweep.variables import VARIABLES, help_text
 
 # Stands for the training script: what it does to a run is in behaviour.json, by the run's name.
 FAKE_SCRIPT = """
@@ -418,7 +424,7 @@ def test_runs_that_are_compared_take_turns(bench):
             "for iteration in range(1, num_iterations + 1):",
             "import os\n"
             f"sys.path.insert(0, {str(ROOT)!r})\n"
-            "from seq1f1b_tools.sweep.take_turns import Turn\n"
+            "from seq1f1b_tools.sweep.turns.rank import Turn\n"
             "turn = Turn(os.environ)\n"
             "for iteration in range(1, num_iterations + 1):\n"
             "    turn.wait()\n"

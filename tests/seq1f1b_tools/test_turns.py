@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from seq1f1b_tools.sweep.command import TURNS_SCRIPT
-from seq1f1b_tools.sweep.metrics import read_metrics
-from seq1f1b_tools.sweep.take_turns import Turn
-from seq1f1b_tools.sweep.turns import Turns
+from seq1f1b_tools.sweep.records import read_metrics
+from seq1f1b_tools.sweep.turns import RANK_SCRIPT
+from seq1f1b_tools.sweep.turns.conductor import Turns
+from seq1f1b_tools.sweep.turns.rank import Turn
 from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
 
 
@@ -106,7 +106,7 @@ def test_training_waits_for_its_turn(tmp_path, monkeypatch):
 
         threading.Thread(target=count, daemon=True).start()
         run = torchrun(
-            2, TURNS_SCRIPT, SCRIPTS / "plain_gpt.py", *ARGUMENTS, "--train-iters", 3,
+            2, RANK_SCRIPT, SCRIPTS / "plain_gpt.py", *ARGUMENTS, "--train-iters", 3,
             "--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 2,
             "--seq1f1b-metrics-file", metrics,
         )  # fmt: skip

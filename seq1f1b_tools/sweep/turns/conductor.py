@@ -1,8 +1,4 @@
-"""Runs that are compared take turns, a step each, so that all see the same machine.
-
-A machine that others share is faster in one minute than in the next, by more than schedules
-differ. Runs that follow each other are then compared by chance; steps that alternate are not.
-"""
+"""Who may compute: the steps of several runs, granted one after the other."""
 
 import contextlib
 import selectors
@@ -12,7 +8,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from seq1f1b_tools.sweep.take_turns import PLACE_VARIABLE, SOCKET_VARIABLE
+from seq1f1b_tools.sweep.turns.rank import PLACE_VARIABLE, SOCKET_VARIABLE
 
 
 class Turns:
@@ -64,8 +60,8 @@ class Turns:
 
     def _conduct(self) -> None:
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
-            for end in (self._listener, self._woken):
-                selector.register(end, selectors.EVENT_READ)
+            for watched in (self._listener, self._woken):
+                selector.register(watched, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
                     end = key.fileobj
