@@ -1,27 +1,77 @@
-"""The families of models that are converted: from config.json to shapes and Megatron's flags."""
+"""The families of models that are converted: from their settings to the shape of a decoder."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from seq1f1b_tools.checkpoint.config import Config, read_config
 from seq1f1b_tools.checkpoint.problem import ConversionError
+from seq1f1b_tools.checkpoint.rope import Rope, read_rope
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mixtral")
-_LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_LATENT_EPSILON = 1e-6  # of DeepSeek's norms of latents in transformers, whatever rms_norm_eps is
+
+_MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer and how tokens reach them.
+
+    number: experts. routed: of these, how many a token goes to. ffn: width of one.
+    is_sparse: for each layer, whether it has experts; the others have an MLP.
+    shared_ffn: width of the expert that every token goes to; 0 without.
+    has_shared_gate: whether that one is scaled by a gate of its own.
+    score: softmax or sigmoid. pre_softmax: whether scores are taken over all experts, and those of
+    the chosen ones are not made to add up to one.
+    has_bias: whether a bias takes part in choosing. scaling: factor on the scores.
+    groups, routed_groups: experts are chosen from this many of so many groups; None without groups.
+    in_float32: whether the router computes in float32 whatever the model does.
+    """
+
+    number: int
+    routed: int
+    ffn: int
+    is_sparse: tuple[bool, ...]
+    shared_ffn: int = 0
+    has_shared_gate: bool = False
+    score: str = "softmax"
+    pre_softmax: bool = False
+    has_bias: bool = False
+    scaling: float = 1.0
+    groups: int | None = None
+    routed_groups: int | None = None
+    in_float32: bool = False
+
+    @property
+    def in_every_layer(self) -> bool:
+        """Whether no layer has an MLP instead."""
+        return all(self.is_sparse)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Widths of multi-head latent attention: of the latents, and of parts of a head.
+
+    unrotated, rotated: parts of a query or key.
+    """
+
+    query: int
+    key_value: int
+    unrotated: int
+    rotated: int
+    value: int
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder and what it is made of.
 
-    head: width of a head. ffn: width of the MLP, or of one expert. experts: 0 for a dense MLP.
-    rope_factor: of Llama 3's scaled RoPE; None without.
+    head: width of a head. ffn: width of the MLP. groups: heads of keys and values.
+    positions: the longest sequence that the model computes as transformers does.
+    window: of a sliding window that all shorter sequences fit into; None without.
+    has_qkv_bias: whether only queries, keys and values have biases. has_attention_bias,
+    has_mlp_bias: whether all linear layers of the part have one.
+    mtp_layers: layers for multi-token prediction that may be stored beside the others.
     """
 
     family: str
@@ -33,136 +83,269 @@ class Shape:
     head: int
     vocabulary: int
     positions: int
-    rope_base: float
+    rope: Rope
     norm_epsilon: float
     is_tied: bool
-    rope_factor: float | None = None
-    experts: int = 0
-    routed: int = 0
+    window: int | None = None
+    has_qkv_bias: bool = False
+    has_attention_bias: bool = False
+    has_mlp_bias: bool = False
+    has_qk_norm: bool = False
+    experts: Experts | None = None
+    latent: Latent | None = None
+    mtp_layers: int = 0
 
     @property
-    def has_qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
-        return self.family == "qwen2"
+    def has_bias(self) -> bool:
+        """Whether Megatron's linear layers have biases, as all of a model have or none."""
+        return self.has_attention_bias or self.has_mlp_bias
 
     @property
-    def has_qk_norm(self) -> bool:
-        """Whether each head's query and key are normalised."""
-        return self.family == "qwen3"
+    def is_stacked(self) -> bool:
+        """Whether Megatron stacks the layers in its checkpoints, as it does if all are alike."""
+        return self.experts is None or self.experts.in_every_layer
 
-    def flags(self) -> dict[str, Any]:
-        """Return Megatron's flags for this model, by name; True for those without a value."""
-        flags: dict[str, Any] = {
-            "--num-layers": self.layers,
-            "--hidden-size": self.hidden,
-            "--ffn-hidden-size": self.ffn,
-            "--num-attention-heads": self.heads,
-            "--group-query-attention": True,
-            "--num-query-groups": self.groups,
-            "--kv-channels": self.head,
-            "--max-position-embeddings": self.positions,
-            "--position-embedding-type": "rope",
-            "--rotary-base": int(self.rope_base),
-            "--normalization": "RMSNorm",
-            "--norm-epsilon": self.norm_epsilon,
-            "--swiglu": True,
-            "--disable-bias-linear": True,
-            "--attention-dropout": 0,
-            "--hidden-dropout": 0,
-            "--vocab-size": self.vocabulary,
-        }
-        if self.rope_factor is not None:
-            flags |= {"--use-rope-scaling": True, "--rope-scaling-factor": self.rope_factor}
-        if self.has_qkv_bias:
-            flags["--add-qkv-bias"] = True
-        if self.has_qk_norm:
-            flags["--qk-layernorm"] = True
-        if not self.is_tied:
-            flags["--untie-embeddings-and-output-weights"] = True
-        if self.experts:
-            flags |= {
-                "--num-experts": self.experts,
-                "--moe-ffn-hidden-size": self.ffn,
-                "--moe-router-topk": self.routed,
-                "--moe-token-dispatcher-type": "alltoall",
-            }
-        return flags
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and self.experts.is_sparse[layer]
 
 
 def read_shape(folder: Path) -> Shape:
     """Read ``folder/config.json``; raises ConversionError for what cannot be converted."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConversionError(f"{folder} has no config.json: give a Hugging Face model") from None
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"{file}:{error.lineno}: {error.msg}") from None
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ConversionError(
-            f"{file}: model_type {family!r} is not converted; {', '.join(FAMILIES)} are"
-        )
-    missing = [key for key in _REQUIRED if config.get(key) is None]
-    if missing:
-        raise ConversionError(f"{file}: no {', '.join(missing)}")
-    for key, value in _UNSUPPORTED.get(family, {}).items():
-        if config.get(key, value) not in (value, None):
-            raise ConversionError(f"{file}: {key} = {config[key]!r} is not converted")
-    rope = _rope(config, file)
-    heads = config["num_attention_heads"]
+    config = read_config(folder, FAMILIES)
+    return _READERS[config.family](config)
+
+
+def _decoder(config: Config, *, window: int | None = None) -> Shape:
+    """Read what all families have."""
+    config.require("hidden_act", "silu")
+    heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
+    groups = config.optional_whole("num_key_value_heads") or heads
+    if heads % groups:
+        raise config.refusal("num_key_value_heads", f"does not divide {heads} attention heads")
+    head = config.optional_whole("head_dim") or hidden // heads
+    if head < 2 or head % 2:
+        raise ConversionError(f"{config.file}: the width of a head is {head}, not even")
+    positions = config.whole("max_position_embeddings")
+    window = window if window is not None and window < positions else None
     return Shape(
-        family=family,
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
+        family=config.family,
+        layers=config.whole("num_hidden_layers", most=_MOST_LAYERS),
+        hidden=hidden,
+        ffn=config.whole("intermediate_size"),
         heads=heads,
-        groups=config.get("num_key_value_heads") or heads,
-        head=config.get("head_dim") or config["hidden_size"] // heads,
-        vocabulary=config["vocab_size"],
-        positions=config["max_position_embeddings"],
-        rope_base=float(rope["rope_theta"]),
-        norm_epsilon=config["rms_norm_eps"],
-        is_tied=bool(config.get("tie_word_embeddings", False)),
-        rope_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
-        experts=config["num_local_experts"] if family == "mixtral" else 0,
-        routed=config["num_experts_per_tok"] if family == "mixtral" else 0,
+        groups=groups,
+        head=head,
+        vocabulary=config.whole("vocab_size"),
+        positions=window or positions,
+        rope=read_rope(config),
+        norm_epsilon=config.number("rms_norm_eps"),
+        is_tied=config.switch("tie_word_embeddings"),
+        window=window,
     )
 
 
-_REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
-_PLAIN = {"hidden_act": "silu"}
-_UNSUPPORTED: Mapping[str, Mapping[str, Any]] = {
-    "llama": {**_PLAIN, "attention_bias": False, "mlp_bias": False},
-    "qwen2": {**_PLAIN, "use_sliding_window": False},
-    "qwen3": {**_PLAIN, "attention_bias": False, "use_sliding_window": False},
-    "mixtral": {**_PLAIN, "sliding_window": None},
+def _llama(config: Config) -> Shape:
+    return replace(
+        _decoder(config),
+        has_attention_bias=config.switch("attention_bias"),
+        has_mlp_bias=config.switch("mlp_bias"),
+    )
+
+
+def _mistral(config: Config) -> Shape:
+    return _decoder(config, window=config.optional_whole("sliding_window"))
+
+
+def _mixtral(config: Config) -> Shape:
+    shape = _mistral(config)
+    return replace(shape, experts=_normalised(config, "num_local_experts", shape.ffn, shape.layers))
+
+
+def _qwen_window(config: Config) -> int | None:
+    """Return the window of those layers that have one, if any has."""
+    if not config.switch("use_sliding_window"):
+        return None
+    return config.optional_whole("sliding_window")
+
+
+def _qwen2(config: Config) -> Shape:
+    return replace(_decoder(config, window=_qwen_window(config)), has_qkv_bias=True)
+
+
+def _qwen3(config: Config) -> Shape:
+    config.require("attention_bias", False)
+    return replace(_decoder(config, window=_qwen_window(config)), has_qk_norm=True)
+
+
+def _qwen2_moe(config: Config) -> Shape:
+    shape = _decoder(config, window=_qwen_window(config))
+    experts = replace(
+        _qwen_experts(config, shape),
+        shared_ffn=config.whole("shared_expert_intermediate_size"),
+        has_shared_gate=True,
+    )
+    return replace(shape, has_qkv_bias=config.switch("qkv_bias"), experts=experts)
+
+
+def _qwen3_moe(config: Config) -> Shape:
+    shape = _qwen3(config)
+    return replace(shape, experts=_qwen_experts(config, shape))
+
+
+def _qwen_experts(config: Config, shape: Shape) -> Experts:
+    dense, step = config.get("mlp_only_layers") or (), config.whole("decoder_sparse_step")
+    experts = _normalised(
+        config, "num_experts", config.whole("moe_intermediate_size"), shape.layers
+    )
+    is_sparse = tuple(
+        layer not in dense and (layer + 1) % step == 0 for layer in range(shape.layers)
+    )
+    if not any(is_sparse):
+        raise config.refusal("mlp_only_layers", "leaves no layer with experts")
+    return replace(experts, is_sparse=is_sparse)
+
+
+def _normalised(config: Config, number: str, ffn: int, layers: int) -> Experts:
+    """Return experts whose scores add up to one, unless the settings say that they do not."""
+    experts, routed = config.whole(number), config.whole("num_experts_per_tok")
+    if routed > experts:
+        raise config.refusal("num_experts_per_tok", f"is more than there are experts, {experts}")
+    adds_up = config.get("norm_topk_prob") is None or config.switch("norm_topk_prob")
+    if adds_up and routed == 1:
+        raise config.refusal(
+            "num_experts_per_tok",
+            "is not converted: Megatron does not make the score of a single expert one",
+        )
+    return Experts(experts, routed, ffn, (True,) * layers, pre_softmax=not adds_up)
+
+
+def _deepseek(config: Config) -> Shape:
+    """Read what both versions have; the experts still lack how tokens are routed."""
+    config.require("attention_bias", False, None)
+    config.require("mlp_bias", False, None)
+    if config.number("rms_norm_eps") != _LATENT_EPSILON:
+        raise config.refusal(
+            "rms_norm_eps",
+            f"is not converted: transformers has {_LATENT_EPSILON} in the norms of latents, and "
+            "Megatron has one for all norms",
+        )
+    if config.get("q_lora_rank") is None:
+        raise config.refusal(
+            "q_lora_rank",
+            "is not converted: Megatron normalises the latents of keys and values only where "
+            "queries have latents too",
+        )
+    shape = _decoder(config)
+    if shape.groups != shape.heads:
+        raise config.refusal(
+            "num_key_value_heads", f"must be the number of attention heads, {shape.heads}"
+        )
+    dense = config.whole("first_k_dense_replace", least=0)
+    if dense >= shape.layers:
+        raise config.refusal("first_k_dense_replace", "leaves no layer with experts")
+    experts, routed = config.whole("n_routed_experts"), config.whole("num_experts_per_tok")
+    if routed > experts:
+        raise config.refusal("num_experts_per_tok", f"is more than there are experts, {experts}")
+    ffn = config.whole("moe_intermediate_size")
+    return replace(
+        shape,
+        latent=Latent(
+            query=config.whole("q_lora_rank"),
+            key_value=config.whole("kv_lora_rank"),
+            unrotated=config.whole("qk_nope_head_dim"),
+            rotated=config.whole("qk_rope_head_dim"),
+            value=config.whole("v_head_dim"),
+        ),
+        experts=Experts(
+            experts,
+            routed,
+            ffn,
+            tuple(layer >= dense for layer in range(shape.layers)),
+            shared_ffn=ffn * config.whole("n_shared_experts"),
+            scaling=config.number("routed_scaling_factor"),
+            in_float32=True,
+        ),
+    )
+
+
+def _deepseek_v2(config: Config) -> Shape:
+    shape = _deepseek(config)
+    config.require("norm_topk_prob", False, None)
+    config.require("topk_method", "greedy", "group_limited_greedy")
+    # a group counts as much as its best expert
+    groups = _groups(config, shape, 1) if config.get("topk_method") != "greedy" else (None, None)
+    return _routed(shape, groups, pre_softmax=True)
+
+
+def _deepseek_v3(config: Config) -> Shape:
+    shape = _deepseek(config)
+    config.require("rope_interleave", True)
+    config.require("norm_topk_prob", True)
+    assert shape.experts is not None
+    if shape.experts.routed == 1:
+        raise config.refusal(
+            "num_experts_per_tok",
+            "is not converted: Megatron does not make the score of a single expert one",
+        )
+    # a group counts as much as its best two experts
+    routed = _routed(shape, _groups(config, shape, 2), score="sigmoid", has_bias=True)
+    return replace(routed, mtp_layers=config.whole("num_nextn_predict_layers", least=0))
+
+
+def _groups(config: Config, shape: Shape, counted: int) -> tuple[int | None, int | None]:
+    """Return groups of experts and how many of them are chosen from; None where all are.
+
+    ``counted``: experts of a group whose scores decide on it. Megatron has the number of experts
+    that a token goes to by the number of groups.
+    """
+    assert shape.experts is not None
+    number, routed = shape.experts.number, shape.experts.routed
+    groups, chosen = config.whole("n_group"), config.whole("topk_group")
+    if number % groups:
+        raise config.refusal("n_group", f"does not divide {number} experts")
+    if chosen > groups or routed > chosen * (number // groups):
+        raise config.refusal("topk_group", f"does not fit {groups} groups and {routed} experts")
+    if chosen == groups:
+        return None, None
+    if routed // chosen != counted or number // groups < counted:
+        raise config.refusal(
+            "topk_group",
+            f"is not converted: a group counts as much as its best {counted} experts in "
+            f"transformers and as its best {routed // chosen} in Megatron",
+        )
+    return groups, chosen
+
+
+def _routed(
+    shape: Shape,
+    groups: tuple[int | None, int | None],
+    *,
+    score: str = "softmax",
+    pre_softmax: bool = False,
+    has_bias: bool = False,
+) -> Shape:
+    assert shape.experts is not None
+    experts = replace(
+        shape.experts,
+        score=score,
+        pre_softmax=pre_softmax,
+        has_bias=has_bias,
+        groups=groups[0],
+        routed_groups=groups[1],
+    )
+    return replace(shape, experts=experts)
+
+
+_READERS: dict[str, Callable[[Config], Shape]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
 }
-
-
-def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the parameters of rotary positions, which older and newer files keep elsewhere."""
-    rope = {
-        "rope_type": "default",
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
-        **(config.get("rope_parameters") or {}),
-    }
-    kind = rope["rope_type"] = rope.get("type", rope["rope_type"])
-    if kind not in ("default", "llama3"):
-        raise ConversionError(f"{file}: RoPE scaling {kind!r} is not converted; 'llama3' is")
-    if kind == "llama3":
-        for key, value in _LLAMA3_SCALING.items():
-            if rope.get(key) != value:
-                raise ConversionError(
-                    f"{file}: RoPE scaling with {key} = {rope.get(key)}; Megatron has {value}"
-                )
-    return rope
+FAMILIES = tuple(_READERS)
