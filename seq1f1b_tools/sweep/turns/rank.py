@@ -51,26 +51,20 @@ def patches(turn: Turn | None) -> Sequence["Patch"]:
             wait(turn)
         torch.distributed.barrier()
 
-    def step_in_turn(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            on_all_ranks(Turn.wait)
-            return train_step(*args, **kwargs)
+    def step_in_turn(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs that are compared wait for their turn before each step."""
+        on_all_ranks(Turn.wait)
+        return train_step(*args, **kwargs)
 
-        return step
-
-    def end_together(train: Callable[..., Any]) -> Callable[..., Any]:
-        def train_to_the_end(*args: Any, **kwargs: Any) -> Any:
-            result = train(*args, **kwargs)
-            on_all_ranks(Turn.finish)
-            return result
-
-        return train_to_the_end
+    def end_together(train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs that are compared end together, as the end of a process is work too."""
+        result = train(*args, **kwargs)
+        on_all_ranks(Turn.finish)
+        return result
 
     return (
-        Patch("megatron.training.training:train_step", (), "waits for its turn", step_in_turn),
-        Patch(
-            "megatron.training.training:train", (), "ends together with other runs", end_together
-        ),
+        Patch("megatron.training.training:train_step", step_in_turn),
+        Patch("megatron.training.training:train", end_together),
     )
 
 
