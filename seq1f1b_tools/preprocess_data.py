@@ -40,7 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("input data")
     add = group.add_argument
-    add("--input", nargs="+", required=True, help="JSON lines; globs and .gz are taken")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="JSON lines or parquet: files, folders, pipes, patterns such as 'deep/**/*.jsonl'; "
+        ".gz, .bz2, .xz and .zst are unpacked",
+    )
     add("--json-keys", nargs="+", default=["text"], help="the keys to take")
     add("--split-sentences", action="store_true", help="split documents into sentences")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences")
@@ -92,12 +98,15 @@ def run(args: argparse.Namespace, other_flags: Sequence[str]) -> None:
     # imported here, after the lines above and after the flags: --help needs none of it
     from seq1f1b_tools.preprocessing.encode import DocumentEncoder
     from seq1f1b_tools.preprocessing.indexed import IndexedWriter, token_dtype
-    from seq1f1b_tools.preprocessing.source import JsonLines, find_inputs
+    from seq1f1b_tools.preprocessing.inputs import find_inputs
+    from seq1f1b_tools.preprocessing.source import JsonLines
     from seq1f1b_tools.preprocessing.tokenizer import load_tokenizer
 
     if len(set(args.json_keys)) < len(args.json_keys):
         raise SettingError(f"--json-keys {' '.join(args.json_keys)}: a key stands there twice")
-    files = find_inputs(args.input)
+    files, remarks = find_inputs(args.input)
+    for remark in remarks:
+        print(remark, file=sys.stderr)
     tokenizer = load_tokenizer(args, other_flags)
     if args.append_eod and tokenizer.eod is None:
         raise SettingError("--append-eod: this tokenizer has no end-of-document token")

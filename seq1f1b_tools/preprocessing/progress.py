@@ -16,13 +16,14 @@ class ProgressReport:
     """Documents, MB/s of JSON text and the time left, on stderr.
 
     On a terminal a bar; elsewhere one line each time another `log_interval` documents are done.
-    The time left comes from the share of the input files that has been read.
+    The time left comes from the share of the input files that has been read; `total_bytes` is 0
+    where that is not known, as of pipes.
     """
 
     def __init__(self, total_bytes: int, log_interval: int) -> None:
         self.num_documents = 0
         self.num_bytes = 0
-        self._total = max(total_bytes, 1)
+        self._total = total_bytes
         self._interval = log_interval
         self._start = time.monotonic()
         self._bar = Progress(
@@ -36,7 +37,7 @@ class ProgressReport:
             refresh_per_second=4,
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task("", total=self._total, documents=0, speed=0.0)
+        self._task = self._bar.add_task("", total=self._total or None, documents=0, speed=0.0)
 
     @property
     def seconds(self) -> float:
@@ -57,13 +58,18 @@ class ProgressReport:
             self._task, completed=position, documents=self.num_documents, speed=self.speed
         )
         if self._bar.disable and self.num_documents // self._interval > intervals_before:
-            left = timedelta(seconds=round(self.seconds * (self._total - position) / position))
             print(
                 f"processed {self.num_documents:,} documents "
-                f"({self.num_documents / self.seconds:,.0f} documents/s, {self.speed:.1f} MB/s, "
-                f"{left} left)",
+                f"({self.num_documents / self.seconds:,.0f} documents/s, {self.speed:.1f} MB/s"
+                f"{self._left(position)})",
                 file=sys.stderr,
             )
+
+    def _left(self, position: int) -> str:
+        if not self._total or not position:
+            return ""
+        seconds = self.seconds * max(self._total - position, 0) / position
+        return f", {timedelta(seconds=round(seconds))} left"
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()

@@ -1,17 +1,19 @@
-"""JSON lines in, batches of texts out: globs, .gz, and errors that name file and line."""
+"""JSON lines or tables in, batches of texts out; errors name file and line."""
 
-import glob
-import gzip
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
-from seq1f1b_tools.preprocessing.errors import DataError, SettingError
+from seq1f1b_tools.preprocessing.errors import DataError
+from seq1f1b_tools.preprocessing.inputs import is_pipe
+from seq1f1b_tools.preprocessing.unpack import Counted, kind_of, lines_of, rows_of
 
 _NUM_SKIPS_SHOWN = 5
+_READ_BYTES = 1 << 16
 
 Document = list[list[str]]
 """The texts of one document: for each key, its sentences (one text where it is not a list)."""
@@ -32,27 +34,6 @@ class BadLineError(ValueError):
     """One line that holds no usable document."""
 
 
-def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """The files that the patterns name, each pattern's in sorted order.
-
-    Raises:
-        SettingError: a pattern matches no file, or a match cannot be read.
-    """
-    files: list[str] = []
-    for pattern in patterns:
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not matches:
-            raise SettingError(f"--input {pattern}: no such file, and as a pattern it matches none")
-        files.extend(matches)
-    for file in files:
-        try:
-            with open(file, "rb"):
-                pass
-        except OSError as error:
-            raise SettingError(f"--input {file}: cannot be read: {error.strerror}") from error
-    return files
-
-
 def parse_line(line: bytes, keys: Sequence[str]) -> Document:
     """The texts under `keys` of one JSON line.
 
@@ -67,6 +48,11 @@ def parse_line(line: bytes, keys: Sequence[str]) -> Document:
         raise BadLineError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise BadLineError(f"holds a JSON {type(row).__name__}, not an object")
+    return texts_of(row, keys)
+
+
+def texts_of(row: dict[str, Any], keys: Sequence[str]) -> Document:
+    """The texts under `keys` of one row; raises BadLineError as `parse_line` does."""
     return [_texts_of(row, key) for key in keys]
 
 
@@ -91,7 +77,7 @@ class JsonLines:
     """Batches of documents from JSON-lines files, in order.
 
     Args:
-        files: paths; a name that ends in .gz is unpacked on the way.
+        files: paths; what is compressed is unpacked on the way.
         keys: the keys whose texts are wanted.
         skip_bad_lines: count a bad line and go on, instead of stopping at it.
         batch_documents: documents in a batch; 0 for as many as `batch_bytes` hold.
@@ -111,7 +97,7 @@ class JsonLines:
         self.skip_bad_lines = skip_bad_lines
         self.batch_documents = batch_documents
         self.batch_bytes = batch_bytes
-        self.total_bytes = sum(os.path.getsize(file) for file in files)
+        self.total_bytes = sum(os.path.getsize(file) for file in files if not is_pipe(file))
         self.num_skipped = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,20 +127,63 @@ class JsonLines:
     def _documents(self) -> Iterator[tuple[str, int, Document, int]]:
         start = 0
         for file in self.files:
-            number = 0
+            for where, num_bytes, document, position in self._documents_of(file):
+                yield where, num_bytes, document, start + position
+            start += 0 if is_pipe(file) else os.path.getsize(file)
+
+    def _documents_of(self, file: str) -> Iterator[tuple[str, int, Document, int]]:
+        """Yield the documents of a file, with the bytes of each and how far the file is read.
+
+        Raises:
+            DataError: there are only bad lines in it.
+        """
+        skipped, is_used = self.num_skipped, False
+        try:
+            with open(file, "rb", buffering=0) as raw:
+                counted = Counted(raw)
+                stream = io.BufferedReader(counted, _READ_BYTES)
+                kind = kind_of(file, stream)
+                found = (
+                    self._rows(file)
+                    if kind == "parquet"
+                    else self._lines(file, lines_of(file, stream, kind), counted)
+                )
+                for document in found:
+                    is_used = True
+                    yield document
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error}") from error
+        if not is_used and self.num_skipped > skipped:
+            raise DataError(f"{file}: no line of it holds a document: leave the file out")
+
+    def _lines(
+        self, file: str, lines: Iterator[bytes], counted: Counted
+    ) -> Iterator[tuple[str, int, Document, int]]:
+        for number, line in enumerate(lines, start=1):
+            if line.isspace() or not line:
+                continue
+            where = f"{file}:{number}"
             try:
-                with open(file, "rb") as raw, _unpacked(file, raw) as lines:
-                    for number, line in enumerate(lines, start=1):
-                        where = f"{file}:{number}"
-                        try:
-                            document = parse_line(line, self.keys)
-                        except BadLineError as error:
-                            self._on_bad_line(where, error)
-                            continue
-                        yield where, len(line), document, start + raw.tell()
-            except (OSError, EOFError) as error:
-                raise DataError(f"{file}: cannot be read after line {number}: {error}") from error
-            start += os.path.getsize(file)
+                document = parse_line(line, self.keys)
+            except BadLineError as error:
+                self._on_bad_line(where, error)
+                continue
+            yield where, len(line), document, counted.num_bytes
+
+    def _rows(self, file: str) -> Iterator[tuple[str, int, Document, int]]:
+        if is_pipe(file):
+            raise DataError(f"{file}: a parquet table cannot be read from a pipe: give the file")
+        all_bytes, read = os.path.getsize(file), 0
+        for number, row in enumerate(rows_of(file, self.keys), start=1):
+            where = f"{file}:{number}"
+            try:
+                document = texts_of(row, self.keys)
+            except BadLineError as error:
+                self._on_bad_line(where, error)
+                continue
+            num_bytes = sum(len(text) for texts in document for text in texts)
+            read += num_bytes
+            yield where, num_bytes, document, min(read, all_bytes)
 
     def _on_bad_line(self, where: str, error: BadLineError) -> None:
         if not self.skip_bad_lines:
@@ -166,7 +195,3 @@ class JsonLines:
             print(f"skipped {where}: {error}", file=sys.stderr)
         elif self.num_skipped == _NUM_SKIPS_SHOWN + 1:
             print("further skipped lines are only counted", file=sys.stderr)
-
-
-def _unpacked(file: str, raw: BinaryIO) -> BinaryIO:
-    return gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw  # type: ignore[return-value]

@@ -47,6 +47,11 @@ def load_tokenizer(args: argparse.Namespace, other_flags: Sequence[str]) -> Batc
     Raises:
         SettingError: the tokenizer is unknown or cannot be loaded; the message names the flag.
     """
+    if "--trust-remote-code" in other_flags:
+        raise SettingError(
+            "--trust-remote-code: code that comes with a tokenizer is not run here; store the "
+            "tokenizer as tokenizer.json (save_pretrained of transformers), which needs none"
+        )
     if args.tokenizer_type == "GPT2BPETokenizer":
         return _load_gpt2(args, other_flags)
     if args.tokenizer_type == "HuggingFaceTokenizer" and not other_flags:
@@ -87,7 +92,9 @@ def _load_hugging_face(args: argparse.Namespace) -> BatchTokenizer:
         with _torch_hidden():
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, **given)
+            tokenizer = AutoTokenizer.from_pretrained(
+                model, use_fast=True, trust_remote_code=False, **given
+            )
     except Exception as error:  # transformers and the hub raise classes of every kind
         raise SettingError(f"--tokenizer-model {model}: cannot be loaded: {error}") from error
     _add_megatron_roles(tokenizer)

@@ -11,7 +11,6 @@ pytestmark = pytest.mark.usefixtures("thread_settings")
 
 BAD_LINES = {
     b'{"content": "unfinished': "not JSON",
-    b"": "not JSON",
     b'{"content": "\xff"}': "not UTF-8",
     b'["content"]': "holds a JSON list, not an object",
     b'{"text": "x"}': "has no key 'content' (--json-keys); its keys are text",
@@ -51,6 +50,8 @@ def test_damaged_gz(tmp_path, gpt2_flags, capsys):
 def test_settings_that_cannot_work(tmp_path, gpt2_flags, tokenizer_folder, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", ROWS)
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "README.md").write_text("no data here")
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "wrong.txt").write_text("#version: 0.2\nzz qq\n")
     vocab, merges = gpt2_flags[2:4], gpt2_flags[4:6]
@@ -60,7 +61,7 @@ def test_settings_that_cannot_work(tmp_path, gpt2_flags, tokenizer_folder, capsy
     given = ["--input", source, *common]
     cases = [
         (["--input", tmp_path / "no*.jsonl", *common, *gpt2_flags], ["--input", "no*.jsonl"]),
-        (["--input", tmp_path, *common, *gpt2_flags], ["--input", "directory"]),
+        (["--input", tmp_path / "bare", *common, *gpt2_flags], ["--input", "directory"]),
         ([*given, *gpt2, *merges], ["GPT2BPETokenizer needs --vocab-file"]),
         ([*given, *gpt2, *vocab], ["GPT2BPETokenizer needs --merge-file"]),
         ([*given, *gpt2, *merges, "--vocab-file", "nowhere"], ["--vocab-file nowhere: no such"]),
@@ -68,6 +69,7 @@ def test_settings_that_cannot_work(tmp_path, gpt2_flags, tokenizer_folder, capsy
         ([*given, *gpt2, *merges, "--vocab-file", source], ["--vocab-file", "not a JSON"]),
         ([*given, *gpt2, *merges, "--vocab", tmp_path / "empty.json"], ["<|endoftext|>"]),
         ([*given, *gpt2, *vocab, "--merge-file", tmp_path / "wrong.txt"], ["--merge-file"]),
+        ([*given, *hugging_face, "--trust-remote-code"], ["--trust-remote-code", "is not run"]),
         ([*given, *gpt2_flags, "--bogus", "3"], ["--bogus 3", "GPT2BPETokenizer"]),
         ([*given, *hugging_face], ["HuggingFaceTokenizer needs --tokenizer-model"]),
         ([*given, *hugging_face, "--tokenizer-model", "./nowhere"], ["./nowhere: no such folder"]),
