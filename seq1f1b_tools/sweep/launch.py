@@ -6,10 +6,15 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from seq1f1b_tools.sweep.plan import TYING_SCRIPT
+from seq1f1b_tools.sweep.tied import PARENT_VARIABLE
 
 _TICK_SECONDS = 0.25
 # torchrun itself gives its workers 30 seconds
@@ -35,11 +40,14 @@ _OUT_OF_MEMORY = re.compile(
 _KILLED = re.compile(r"exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)")
 
 
+Status = Literal["ok", "oom", "failed", "timeout"]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ok, oom, failed or timeout, and the error in one line."""
+    """How a run ended, and the error in one line."""
 
-    status: str
+    status: Status
     error: str
     seconds: float
 
@@ -47,6 +55,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Job:
     """A command to run, with its output in ``log``.
+
+    held: open files that the command keeps open, such as a lock.
 
     alarm: called several times a second; once it returns a reason, the run is ended as failed for
     that reason.
@@ -57,6 +67,7 @@ class Job:
     log: Path
     environment: Mapping[str, str]
     alarm: Callable[[], str | None]
+    held: tuple[int, ...] = ()
     ended: Callable[[], None] = lambda: None
 
 
@@ -93,18 +104,19 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
         stream.write(f"$ {shlex.join(job.command)}\n")
         stream.flush()
         return subprocess.Popen(
-            job.command,
+            [sys.executable, str(TYING_SCRIPT), *job.command],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=dict(job.environment),
+            env={**job.environment, PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,
+            pass_fds=job.held,
         )
 
 
 def _ending(
     job: Job, process: subprocess.Popen[bytes], seconds: float, timeout: float
-) -> tuple[str, str] | None:
+) -> tuple[Status, str] | None:
     """Return status and error of a run that has ended, or that is ended here; None if it runs."""
     if process.poll() is not None:
         return explain(job.log, process.returncode) if process.returncode else ("ok", "")
@@ -157,7 +169,7 @@ def _started(pid: int) -> str | None:
 # ---------------------------------------- why a run failed
 
 
-def explain(log: Path, exit_status: int) -> tuple[str, str]:
+def explain(log: Path, exit_status: int) -> tuple[Status, str]:
     """Return the status of a run that ended with ``exit_status``, and its error in one line."""
     lines = _last_lines(log)
     for line in reversed(lines):

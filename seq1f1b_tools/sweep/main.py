@@ -35,7 +35,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], num_gpus: int | N
     except SettingsError as error:
         print(f"exp.sh: these settings cannot work:\n{_indented(str(error))}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, signal.default_int_handler)
     try:
         nodes = Nodes(settings.cluster)
         return sweep_and_report(Sweep(settings, nodes, console))

@@ -17,7 +17,7 @@ from seq1f1b_tools.sweep.nodes import Cluster
 from seq1f1b_tools.sweep.settings import ROOT, Settings
 
 TRAINING_SCRIPT = ROOT / "pretrain_gpt.py"
-_PINNING_SCRIPT = Path(__file__).with_name("pinned.py")
+TYING_SCRIPT = Path(__file__).with_name("tied.py")
 _NO_ITERATION = 10**9
 
 
@@ -227,9 +227,10 @@ def training_arguments(
 def launcher(
     run: Run, cluster: Cluster, port: int, *, pinned: bool, takes_turns: bool
 ) -> list[str]:
-    """Return what comes before the training script: torchrun, then what it becomes the script by.
+    """Return what comes before the training script: torchrun, and what each rank runs first.
 
-    That is what gives each rank its cores, and what waits for a turn before each step.
+    pinned: whether each rank gets its own cores. takes_turns: whether it waits for a turn before
+    each step.
     """
     address = cluster.master_addr if cluster.num_nodes > 1 else "127.0.0.1"
     return [
@@ -237,7 +238,8 @@ def launcher(
         *("--nnodes", str(cluster.num_nodes), "--node-rank", str(cluster.node_rank)),
         *("--nproc-per-node", str(run.num_processes // cluster.num_nodes)),
         *("--master-addr", address, "--master-port", str(port)),
-        *((str(_PINNING_SCRIPT),) if pinned else ()),
+        *(str(TYING_SCRIPT), "--worker", *(("--own-cores",) if pinned else ())),
+        *(sys.executable, "-u"),
         *((str(turns.RANK_SCRIPT),) if takes_turns else ()),
     ]
 

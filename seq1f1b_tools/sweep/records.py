@@ -4,13 +4,21 @@ import fcntl
 import json
 import math
 import os
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from seq1f1b_tools.sweep.launch import Status
 
 _MIB = 2**20
+
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 
 class OutputError(RuntimeError):
@@ -25,10 +33,13 @@ class Record:
     """
 
     name: str
-    status: str
+    status: Status
     error: str
-    seconds: float
+    seconds: Finite
     command: str
+
+
+_RECORD = TypeAdapter(Record)
 
 
 class Output:
@@ -43,8 +54,17 @@ class Output:
         return self.folder / "logs" / (f"{name}.node{node}.log" if node else f"{name}.log")
 
     def metrics(self, name: str) -> Path:
-        """Return where a run's figures go."""
+        """Return where a run's figures are: while it runs, a link to what this start writes."""
         return self.folder / "metrics" / f"{name}.jsonl"
+
+    def started(self, name: str, start: str) -> Path:
+        """Return what one start of a run writes its figures into."""
+        return self.folder / "metrics" / f"start-{start}" / f"{name}.jsonl"
+
+    @property
+    def lock(self) -> tuple[int, ...]:
+        """The file that other sweeps are kept out by, where it is held."""
+        return () if self._lock is None else (self._lock.fileno(),)
 
     def _record(self, name: str) -> Path:
         return self.folder / "runs" / f"{name}.json"
@@ -74,14 +94,39 @@ class Output:
     def load(self, name: str) -> Record | None:
         """Return the record of a run, or None if there is none to be read."""
         try:
-            return Record(**json.loads(self._record(name).read_text()))
-        except (OSError, ValueError, TypeError):
+            return _RECORD.validate_json(self._record(name).read_bytes())
+        except (OSError, ValueError):
             return None
 
-    def forget(self, name: str) -> None:
-        """Remove what is known of a run, before it starts again."""
+    def begin(self, name: str) -> str:
+        """Remove what is known of a run and return the name of a new start of it.
+
+        Whatever an earlier start still writes, it writes into a file of its own.
+        """
         self._record(name).unlink(missing_ok=True)
         self.metrics(name).unlink(missing_ok=True)
+        for left in (self.folder / "metrics").glob(f"start-*/{name}.jsonl"):
+            left.unlink()
+            with suppress(OSError):  # other runs of that start
+                left.parent.rmdir()
+        start = secrets.token_hex(4)
+        file = self.started(name, start)
+        file.parent.mkdir(parents=True)
+        self.metrics(name).symlink_to(file.relative_to(self.folder / "metrics"))
+        return start
+
+    def end(self, name: str) -> None:
+        """Keep what the last start of a run wrote as the figures of the run."""
+        link = self.metrics(name)
+        if not link.is_symlink():
+            return
+        file = link.resolve()
+        if file.exists():
+            os.replace(file, link)
+        else:
+            link.unlink()
+        with suppress(OSError):
+            file.parent.rmdir()
 
     def save(self, record: Record) -> None:
         """Write a record, whole or not at all."""
@@ -96,23 +141,62 @@ class Output:
         if record is None or record.command != command:
             return False
         if record.status == "ok":
-            return len(read_metrics(self.metrics(name))) >= num_iterations
+            entries = whole_iterations(read_metrics(self.metrics(name)))
+            return len(entries) >= num_iterations
         return not retry
 
 
+class Iteration(BaseModel):
+    """One iteration as a run writes it; lists have a number for each stage."""
+
+    iteration: int
+    lm_loss: float | None
+    milliseconds: Annotated[float, Field(allow_inf_nan=False, gt=0)]
+    tokens_per_second: Finite
+    tflops_per_device: Finite
+    peak_activation_bytes: Annotated[list[Finite], Field(min_length=1)]
+    kv_carry_bytes: Annotated[list[Finite], Field(min_length=1)]
+    bubble_ratio: Annotated[list[Finite], Field(min_length=1)]
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the iterations in ``file``; a line that is being written is left out."""
+    """Return the iterations in ``file``, up to a line that is damaged or still being written."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(errors="replace").splitlines()
     except OSError:
         return []
     entries = []
     for line in lines:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
     return entries
+
+
+def whole_iterations(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first iterations, as long as they are whole, in order and of one run."""
+    whole: list[dict[str, Any]] = []
+    for entry in entries:
+        try:
+            found = Iteration.model_validate(entry, strict=True).model_dump()
+        except ValidationError:
+            break
+        if whole and found["iteration"] != whole[-1]["iteration"] + 1:
+            break
+        num_stages = {
+            len(value)
+            for e in (found, *whole[:1])
+            for value in e.values()
+            if isinstance(value, list)
+        }
+        if len(num_stages) > 1:
+            break
+        whole.append(found)
+    return whole
 
 
 @dataclass(frozen=True)

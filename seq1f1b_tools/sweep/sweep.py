@@ -26,7 +26,13 @@ from seq1f1b_tools.sweep.plan import (
     training_arguments,
     why_not,
 )
-from seq1f1b_tools.sweep.records import Output, Record, read_metrics, summarize
+from seq1f1b_tools.sweep.records import (
+    Output,
+    Record,
+    read_metrics,
+    summarize,
+    whole_iterations,
+)
 from seq1f1b_tools.sweep.report import Result
 from seq1f1b_tools.sweep.settings import Settings
 from seq1f1b_tools.sweep.turns.conductor import Turns
@@ -99,7 +105,9 @@ class Sweep:
             return Result(run, "not run")
         summary = None
         if record.status == "ok":
-            entries = read_metrics(self.output.metrics(run.name))
+            entries = whole_iterations(read_metrics(self.output.metrics(run.name)))
+            if len(entries) < run.num_iterations:
+                return Result(run, "not run")
             summary = summarize(entries, self.settings.warmup_iters)
         return Result(run, record.status, record.error, record.seconds, summary)
 
@@ -136,14 +144,14 @@ class Sweep:
 
     # ----------------------------------------------------------------------- runs of one batch
 
-    def _arguments(self, run: Run) -> list[str]:
-        corpus = Corpus.of(self.settings)
-        return training_arguments(run, corpus, self.settings, self.output.metrics(run.name))
+    def _arguments(self, run: Run, metrics_file: Path) -> list[str]:
+        return training_arguments(run, Corpus.of(self.settings), self.settings, metrics_file)
 
     def _identity(self, run: Run) -> str:
-        return identity(run, self.script, self._arguments(run), self.settings.cluster)
+        arguments = self._arguments(run, self.output.metrics(run.name))
+        return identity(run, self.script, arguments, self.settings.cluster)
 
-    def _command(self, run: Run) -> list[str]:
+    def _command(self, run: Run, start: str) -> list[str]:
         cluster = self.settings.cluster
         several = cluster.num_nodes > 1
         port = cluster.master_port + 1 if several else _free_port()
@@ -152,7 +160,8 @@ class Sweep:
         else:
             pinned, takes_turns = not self.settings.has_gpu, self.settings.take_turns
             before = launcher(run, cluster, port, pinned=pinned, takes_turns=takes_turns)
-        return [*before, str(self.script), *self._arguments(run)]
+        metrics_file = self.output.started(run.name, start)
+        return [*before, str(self.script), *self._arguments(run, metrics_file)]
 
     def _is_wanted(self, run: Run) -> bool:
         """Whether a run has to be started; says why not otherwise."""
@@ -175,21 +184,20 @@ class Sweep:
         return True
 
     def _bring_to_an_end(self, runs: list[Run]) -> None:
-        for run in runs:
-            self.nodes.decide(f"start/{run.name}", partial(self._forget, run))
+        starts = [
+            self.nodes.decide(f"start/{run.name}", partial(self.output.begin, run.name))
+            for run in runs
+        ]
         with self.console.status("starting") as status:
-            outcomes = self._launch(runs, status)
+            outcomes = self._launch(runs, starts, status)
         for run, outcome in zip(runs, outcomes, strict=True):
             reported = self.nodes.gather(f"outcome/{run.name}", json.dumps(asdict(outcome)))
             if self.nodes.is_first:
+                self.output.end(run.name)
                 self._settle(run, [Outcome(**json.loads(text)) for text in reported])
                 self._say(f"{self._place(run)}: {self._known(run)}")
 
-    def _forget(self, run: Run) -> str:
-        self.output.forget(run.name)
-        return "forgotten"
-
-    def _launch(self, runs: list[Run], status: Status) -> list[Outcome]:
+    def _launch(self, runs: list[Run], starts: list[str], status: Status) -> list[Outcome]:
         def tick(seconds: float) -> None:
             lines = (f"{self._place(run)}: {self._progress(run, seconds)}" for run in runs)
             status.update("\n  ".join(lines))
@@ -197,7 +205,7 @@ class Sweep:
         timeout = self.settings.run_timeout * len(runs)
         try:
             with Turns(len(runs)) if self.settings.take_turns else nullcontext() as turns:
-                jobs = [self._job(run) for run in runs]
+                jobs = [self._job(*begun) for begun in zip(runs, starts, strict=True)]
                 if turns is not None:
                     jobs = [_in_turn(job, turns, place) for place, job in enumerate(jobs)]
                 outcomes = launch(jobs, timeout, tick)
@@ -210,16 +218,17 @@ class Sweep:
                 self.nodes.raise_alarm(run.name, outcome.error)
         return outcomes
 
-    def _job(self, run: Run) -> Job:
+    def _job(self, run: Run, start: str) -> Job:
         def alarm() -> str | None:
             raised = self.nodes.alarm(run.name)
             return None if raised is None else f"{_STOPPED_ELSEWHERE}: {raised}"
 
         return Job(
-            self._command(run),
+            self._command(run, start),
             self.output.log(run.name, self.settings.cluster.node_rank),
             self._environment(),
             alarm,
+            self.output.lock,
         )
 
     def _environment(self) -> dict[str, str]:
@@ -232,7 +241,7 @@ class Sweep:
         failed = [outcome for outcome in outcomes if outcome.status != "ok"]
         failed.sort(key=lambda outcome: outcome.error.startswith(_STOPPED_ELSEWHERE))
         outcome = failed[0] if failed else outcomes[0]
-        done = len(read_metrics(self.output.metrics(run.name)))
+        done = len(whole_iterations(read_metrics(self.output.metrics(run.name))))
         if outcome.status == "ok" and done < run.num_iterations:
             outcome = Outcome(
                 "failed",
