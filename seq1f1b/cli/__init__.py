@@ -3,6 +3,8 @@
 import typer
 
 from seq1f1b.cli.compare import compare
+from seq1f1b.cli.megatron import CONTEXT, MegatronCommand
+from seq1f1b.cli.memory import memory
 from seq1f1b.cli.simulate import simulate
 from seq1f1b.cli.timeline import timeline
 
@@ -12,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan pipeline schedules: what a step takes, what a stage holds, and what it looks like.",
 )
+app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
 app.command()(simulate)
 app.command()(compare)
 app.command()(timeline)

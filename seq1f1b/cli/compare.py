@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from seq1f1b.cli import options, report
-from seq1f1b.cli.catalogue import ScheduleName
 from seq1f1b.cli.options import BalanceName, flag_error
 from seq1f1b.cli.problem import Shape, make_shape, make_source, run
 from seq1f1b.cli.source import Source, TraceCosts
+from seq1f1b.planner.catalogue import ScheduleName
 
 SplitsList = Annotated[
     str | None,

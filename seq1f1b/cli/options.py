@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from seq1f1b.cli.catalogue import ScheduleName
+from seq1f1b.planner.catalogue import ScheduleName
 
 _PIPELINE, _MODEL, _DEVICE = "Pipeline", "Model (for times in seconds)", "Devices and links"
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from seq1f1b.cli.catalogue import ScheduleName, by_shape, make
 from seq1f1b.cli.options import BalanceName, flag_error
 from seq1f1b.cli.source import EqualCosts, ModelCosts, Source, TraceCosts
+from seq1f1b.planner.catalogue import ScheduleName, by_shape, make
 from seq1f1b.schedule import Schedule
 from seq1f1b.simulate import CostError, Simulation, greedy, memory_over_time, simulate
 from seq1f1b.timeline import Span, Timeline

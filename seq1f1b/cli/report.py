@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from seq1f1b.cli.catalogue import ScheduleName
 from seq1f1b.cli.source import Source
+from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.schedule import Kind, Schedule
 from seq1f1b.simulate import Simulation, formulas, peak_memory
 

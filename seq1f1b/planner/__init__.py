@@ -1,0 +1,1 @@
+"""Which settings to choose for a model on a cluster."""
