@@ -20,6 +20,7 @@ class Curves(Described):
     heads, heads of keys, size of a head, TFLOP/s of the causal forward; attention_backward is the
     backward's rate over the forward's, unless backward_points has points of the same form.
     prefix_scaling: by which length the rate of attention to a prefix goes where no point has one.
+    tile: rows that matrix products compute together.
     collectives: bytes of the whole tensor, ranks, milliseconds.
     """
 
@@ -29,6 +30,7 @@ class Curves(Described):
     backward_points: tuple[tuple[int, int, int, int, int, float], ...] = ()
     attention_backward: Figure
     prefix_scaling: Literal["own", "total", "geometric"]
+    tile: int = 128
     collectives: dict[str, tuple[tuple[int, int, float], ...]] = Field(default_factory=dict)
     elementwise: tuple[tuple[int, float], ...] = ()
 
