@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 from seq1f1b.planner.arguments import Option, options
 from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.command_line import Given, read_options
-from seq1f1b.planner.errors import DataFileError, PlanError
+from seq1f1b.planner.errors import DataFileError, SettingError
 from seq1f1b.planner.presets import model_options
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.setting import Setting
@@ -128,7 +128,7 @@ def or_exit[Result](call: Callable[[], Result]) -> Result:
     """Return what ``call`` returns, or end the command with status 2 and every fault."""
     try:
         return call()
-    except PlanError as error:
+    except SettingError as error:
         typer.echo("seq1f1b cannot plan with these settings:", err=True)
         for fault in error.faults:
             typer.echo(f"  - {fault}", err=True)

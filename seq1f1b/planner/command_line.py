@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from seq1f1b.planner.arguments import Option, options
-from seq1f1b.planner.errors import PlanError
+from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.refusals import REFUSED
 
 _ARITY: dict[str, int | str | None] = {"none": 0, "one": None, "many": "+", "three": 3}
@@ -28,19 +28,19 @@ def read_options(arguments: Sequence[str]) -> Given:
     """Parse Megatron's options.
 
     A flag of Megatron's that changes neither memory nor time is accepted and listed. Raises
-    PlanError for a flag that neither Megatron nor this project has, for one whose effect is not
+    SettingError for a flag that neither Megatron nor this project has, for one whose effect is not
     modelled, and for a value of another type.
     """
     parser = _parser()
     try:
         namespace, unknown = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise PlanError([f"{error.argument_name}: {error.message}"]) from None
+        raise SettingError([f"{error.argument_name}: {error.message}"]) from None
     given = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
     refused = [f"{flag}: {REFUSED[flag]}" for flag in given if flag in REFUSED]
     faults = [*refused, *(_unknown(word) for word in unknown)]
     if faults:
-        raise PlanError(faults)
+        raise SettingError(faults)
     names = {option.name for option in options()}
     values = {name: _tuples(value) for name, value in given.items() if name in names}
     if _FP32 in given:
@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
     """Raises instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise PlanError([message])
+        raise SettingError([message])
 
 
 @cache

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-class PlanError(ValueError):
+class SettingError(ValueError):
     """Settings that Megatron or the planner does not take; every fault names its flag."""
 
     def __init__(self, faults: Sequence[str]) -> None:

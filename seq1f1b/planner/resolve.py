@@ -7,7 +7,7 @@ from typing import Any
 
 from seq1f1b.planner.arguments import Arguments, options
 from seq1f1b.planner.catalogue import ScheduleName, by_shape
-from seq1f1b.planner.errors import PlanError
+from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.layout import LayoutError, deal, num_chunks_of
 from seq1f1b.planner.model import expert_pattern, model_of
 from seq1f1b.planner.setting import DEFAULT_CHUNKS, DEFAULT_SPLITS, Recompute, Setting
@@ -26,16 +26,16 @@ def resolve(
 
     ``values`` are fields of ``Arguments``. Without ``num_gpus`` there is one data-parallel replica.
     ``schedule`` asks for one by name; it then says how many chunks and splits there are unless
-    options do. Raises PlanError with every fault.
+    options do. Raises SettingError with every fault.
     """
     assumed: list[str] = []
     arguments = _with_defaults(values, assumed)
     faults = [*_missing(arguments), *_not_positive(arguments)]
     if faults:
-        raise PlanError(faults)
+        raise SettingError(faults)
     faults = list(_model_faults(arguments))
     if faults:
-        raise PlanError(faults)
+        raise SettingError(faults)
     return _Resolver(arguments, num_gpus, schedule, assumed, values).setting()
 
 
@@ -149,7 +149,7 @@ class _Resolver:
         self.faults: list[str] = []
 
     def setting(self) -> Setting:
-        """Return the setting; raises PlanError."""
+        """Return the setting; raises SettingError."""
         a = self.a
         num_splits = self._num_splits()
         num_chunks = self._num_chunks()
@@ -163,7 +163,7 @@ class _Resolver:
             self.faults.append(str(error))
         name = self._schedule_name(num_chunks, num_splits, micro_batches)
         if self.faults:
-            raise PlanError(self.faults)
+            raise SettingError(self.faults)
         setting = Setting(
             arguments=a,
             model=self.model,
@@ -185,7 +185,7 @@ class _Resolver:
         try:
             assert setting.parts
         except PartitionError as error:
-            raise PlanError([f"--seq1f1b-splits {num_splits}: {error}"]) from None
+            raise SettingError([f"--seq1f1b-splits {num_splits}: {error}"]) from None
         return setting
 
     def _num_splits(self) -> int:

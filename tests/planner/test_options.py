@@ -9,7 +9,7 @@ import transformers
 from seq1f1b.planner.arguments import Arguments
 from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.command_line import read_options, write_options
-from seq1f1b.planner.errors import DataFileError, PlanError
+from seq1f1b.planner.errors import DataFileError, SettingError
 from seq1f1b.planner.gpu import gpu, gpus
 from seq1f1b.planner.huggingface import options_of_config
 from seq1f1b.planner.layout import (
@@ -28,7 +28,7 @@ BASE = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_leng
 
 
 def faults(values: dict[str, object], **options: object) -> str:
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(SettingError) as caught:
         resolve(values, **options)
     return "\n".join(caught.value.faults)
 
@@ -69,7 +69,7 @@ def test_flags_without_effect_are_listed():
     ],
 )
 def test_a_wrong_command_line_names_the_flag(words, message):
-    with pytest.raises(PlanError, match=message.replace("?", r"\?")):
+    with pytest.raises(SettingError, match=message.replace("?", r"\?")):
         read_options(words.split())
 
 
