@@ -3,8 +3,10 @@
 import typer
 
 from seq1f1b.cli.compare import compare
+from seq1f1b.cli.listing import list_gpus, models
 from seq1f1b.cli.megatron import CONTEXT, MegatronCommand
 from seq1f1b.cli.memory import memory
+from seq1f1b.cli.plan import plan
 from seq1f1b.cli.simulate import simulate
 from seq1f1b.cli.timeline import timeline
 
@@ -14,9 +16,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan pipeline schedules: what a step takes, what a stage holds, and what it looks like.",
 )
+app.command(cls=MegatronCommand, context_settings=CONTEXT)(plan)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
 app.command()(simulate)
 app.command()(compare)
 app.command()(timeline)
+app.command()(models)
+app.command("gpus")(list_gpus)
 
 __all__ = ["app"]

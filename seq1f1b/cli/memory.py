@@ -134,7 +134,7 @@ def _megatrons_estimate(setting: Setting) -> dict[str, float] | None:
 
 
 def _print(setting: Setting, figures: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = report.console()
     console.print(
         f"[bold]{figures['schedule']}[/]  {figures['gpus']} GPUs, {setting.num_stages} stages x "
         f"{setting.num_chunks} chunk(s), {figures['microbatches']} micro-batches"

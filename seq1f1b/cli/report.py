@@ -50,6 +50,12 @@ def _in_theory(source: Source, schedule: Schedule) -> float | None:
     return formulas.bubble_ratio(schedule.num_stages, schedule.num_chunks, *sizes)
 
 
+def console() -> Console:
+    """Return a console that never cuts a table: in a pipe it is as wide as any."""
+    out = Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=240)
+
+
 def write_json(value: Any) -> None:
     """Print JSON on standard output."""
     Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(

@@ -13,7 +13,7 @@ from seq1f1b.cli.problem import as_timeline, make_schedule, make_shape, make_sou
 from seq1f1b.cli.source import TraceCosts
 from seq1f1b.timeline import Timeline, chrome_trace, html_page, text_grid
 
-_ENDINGS = (".txt", ".svg", ".png", ".json", ".html")
+ENDINGS = (".txt", ".svg", ".png", ".json", ".html")
 
 Output = Annotated[
     Path | None,
@@ -60,8 +60,8 @@ def timeline(
     trace: options.Trace = None,
 ) -> None:
     """Draw a schedule; with --trace what was measured, and the plan on the same axis."""
-    if output is not None and output.suffix not in _ENDINGS:
-        raise flag_error("--output", f"{output} must end in one of {', '.join(_ENDINGS)}")
+    if output is not None and output.suffix not in ENDINGS:
+        raise flag_error("--output", f"{output} must end in one of {', '.join(ENDINGS)}")
     source = make_source(
         trace=trace,
         seq_length=seq_length,
@@ -86,11 +86,16 @@ def timeline(
     if output is None:
         typer.echo(_text(timelines, width), nl=False)
         return
+    draw(timelines, output, width)
+    typer.echo(f"wrote {output}")
+
+
+def draw(timelines: Sequence[Timeline], output: Path, width: int | None = None) -> None:
+    """Draw into a file, as its ending says; a file that cannot be written ends the command."""
     try:
         _write(timelines, output, width)
     except OSError as error:
         raise flag_error("--output", f"{output}: cannot be written: {error}") from None
-    typer.echo(f"wrote {output}")
 
 
 def _text(timelines: Sequence[Timeline], width: int | None) -> str:

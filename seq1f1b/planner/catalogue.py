@@ -36,6 +36,16 @@ class ScheduleName(StrEnum):
         """Whether it is ZB-H1, on whole micro-batches or sub-sequences."""
         return self in (ScheduleName.ZERO_BUBBLE, ScheduleName.SEQ_ZERO_BUBBLE)
 
+    @property
+    def is_one_f_one_b(self) -> bool:
+        """Whether it is 1F1B, plain or interleaved, on whole micro-batches or sub-sequences."""
+        return self in (
+            ScheduleName.PLAIN,
+            ScheduleName.INTERLEAVED,
+            ScheduleName.SEQ,
+            ScheduleName.SEQ_INTERLEAVED,
+        )
+
     def allows(self, num_chunks: int, num_splits: int) -> bool:
         """Whether it comes with so many model chunks a stage and sub-sequences a micro-batch."""
         if self is ScheduleName.GREEDY:

@@ -17,8 +17,9 @@ _NAMES = {0: "none", None: "one", "+": "many", "*": "many"}
 
 def parser() -> argparse.ArgumentParser:
     """Return Megatron's parser with the flags of this project."""
-    from megatron.adaptor.command_line.flags import add_arguments
     from megatron.training.arguments import add_megatron_arguments
+
+    from megatron.adaptor.command_line.flags import add_arguments
 
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 

@@ -3,6 +3,6 @@
 from seq1f1b.planner.memory.allocator import GIB
 from seq1f1b.planner.memory.closed_form import estimate_stages
 from seq1f1b.planner.memory.stage import StageMemory
-from seq1f1b.planner.memory.trace import MemoryTrace, trace_memory
+from seq1f1b.planner.memory.trace import MemoryTrace, trace_fullest, trace_memory
 
-__all__ = ["GIB", "MemoryTrace", "StageMemory", "estimate_stages", "trace_memory"]
+__all__ = ["GIB", "MemoryTrace", "StageMemory", "estimate_stages", "trace_fullest", "trace_memory"]

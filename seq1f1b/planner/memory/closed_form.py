@@ -1,5 +1,9 @@
 """The fullest moment of every stage in closed form: quick, and good enough to prune a search."""
 
+from dataclasses import replace
+from functools import lru_cache
+
+from seq1f1b.planner.layout import ChunkLayers
 from seq1f1b.planner.memory.allocator import GIB
 from seq1f1b.planner.memory.attention import Carry
 from seq1f1b.planner.memory.layer import Layer
@@ -65,7 +69,23 @@ def _live_tokens(setting: Setting, stage: int) -> float:
 
 
 def _kept_per_token(setting: Setting, runtime: Runtime, experts: bool) -> float:
-    """Return the bytes that a layer keeps of one token, by tracing the layer once."""
+    """Return the bytes that a layer keeps of one token."""
+    splits = min(2, setting.num_splits)
+    alike = replace(
+        setting,
+        chunks=((ChunkLayers(()),),),
+        num_micro_batches=1,
+        num_splits=splits,
+        cuts=(1,) * splits,
+        data=1,
+        assumed=(),
+    )
+    return _traced_per_token(alike, runtime, experts)
+
+
+@lru_cache(maxsize=1024)
+def _traced_per_token(setting: Setting, runtime: Runtime, experts: bool) -> float:
+    """Trace one layer; all settings whose layers keep the same share the result."""
     sizes = Sizes(setting, 4096 * setting.tensor)
     if setting.recompute.granularity == "full":
         return sizes.residual / sizes.tokens

@@ -14,8 +14,6 @@ from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
 from seq1f1b.schedule import Action, Kind
 
-_NUM_STEPS = 2  # the second starts with the segments of the first
-
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -37,10 +35,15 @@ def trace_stage(
     runtime: Runtime,
     stage: int,
     actions: Sequence[Action],
+    *,
+    num_steps: int = 2,
 ) -> StageMemory:
-    """Follow the tensors of ``actions``, the stage's part of a schedule, through two steps."""
+    """Follow the tensors of ``actions``, the stage's part of a schedule, through ``num_steps``.
+
+    The second step starts with the segments of the first.
+    """
     run = _StageTrace(setting, runtime, stage)
-    for _ in range(_NUM_STEPS):
+    for _ in range(num_steps):
         for action in actions:
             run.run(action)
         assert not run.live, f"{len(run.live)} sub-sequences never went back"

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from seq1f1b.planner.memory.allocator import GIB
+from seq1f1b.planner.memory.closed_form import estimate_stages
 from seq1f1b.planner.memory.stage import StageMemory, trace_stage
 from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
 from seq1f1b.schedule import Schedule
+
+_ENOUGH_LAYERS = 12_000
+"""Layers, forward and backward, that are followed in a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,25 @@ def trace_memory(
     )
 
 
-_ENOUGH_LAYERS = 12_000
-"""Layers, forward and backward, that are followed in a few seconds."""
+def trace_fullest(
+    setting: Setting, runtime: Runtime, schedule: Schedule | None = None
+) -> tuple[int, StageMemory]:
+    """Return the fullest stage and its peaks, from one short step.
+
+    Only the two stages that the closed form finds fullest are followed, through three turns.
+    """
+    if schedule is None:
+        schedule = _shortened(setting, enough=0).schedule()
+    estimates = estimate_stages(setting, runtime)
+    fullest = sorted(range(len(estimates)), key=lambda stage: -estimates[stage])[:2]
+    traced = [
+        (stage, trace_stage(setting, runtime, stage, schedule.stages[stage], num_steps=1))
+        for stage in fullest
+    ]
+    return max(traced, key=lambda one: one[1].reserved)
 
 
-def _shortened(setting: Setting) -> Setting:
+def _shortened(setting: Setting, enough: int = _ENOUGH_LAYERS) -> Setting:
     """Return the setting with fewer micro-batches where a whole step would take too long.
 
     A turn is as many micro-batches as have a sub-sequence for every stage: from the second on, what
@@ -61,7 +79,7 @@ def _shortened(setting: Setting) -> Setting:
     """
     turn = -(-setting.num_stages // setting.num_splits)
     layers = setting.model.num_layers * setting.num_splits
-    most = max(3 * turn + 2, _ENOUGH_LAYERS // layers)
+    most = max(3 * turn + 2, enough // layers)
     most -= (most - setting.num_micro_batches) % turn
     if setting.schedule_name == "gpipe" or setting.num_micro_batches <= most:
         return setting

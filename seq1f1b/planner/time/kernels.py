@@ -3,8 +3,9 @@
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from seq1f1b.planner.gpu import Curves, Gpu
 
@@ -24,9 +25,14 @@ class Kernels:
         self._forward = _AttentionRates(self.curves.attention, self.curves.prefix_scaling)
         backward = self.curves.backward_points
         self._backward = _AttentionRates(backward, self.curves.prefix_scaling) if backward else None
+        self._tables: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
         self.matrix_product = cache(self._matrix_product)
         self.attention = cache(self._attention)
         self.collective = cache(self._collective)
+
+    def known(self, *key: Hashable) -> dict[Any, Any]:
+        """Return a table of times that settings with the same layers share."""
+        return self._tables[key]
 
     def _matrix_product(self, rows: float, columns: float, inner: float) -> float:
         """Return the time of [rows, inner] x [inner, columns]; rows fill whole tiles."""

@@ -43,6 +43,19 @@ class LayerTimes:
 
     def __init__(self, setting: Setting, kernels: Kernels, runtime: Runtime) -> None:
         self.setting, self.kernels = setting, kernels
+        self._known: dict[tuple[int, bool], Times] = kernels.known(
+            runtime.name,
+            setting.model,
+            setting.lengths,
+            setting.tensor,
+            setting.context,
+            setting.experts,
+            setting.expert_tensor,
+            setting.sequence_parallel,
+            setting.micro_batch_size,
+            setting.element_bytes,
+            setting.recompute,
+        )
         a = setting.arguments
         fused = a.apply_rope_fusion and a.transformer_impl != "local"
         self.separate_rotary = setting.model.rotary and (
@@ -52,6 +65,12 @@ class LayerTimes:
 
     def layer(self, part: int, *, experts: bool) -> Times:
         """Return the times of a layer on a sub-sequence, with what it computes anew."""
+        key = part, experts
+        if key not in self._known:
+            self._known[key] = self._layer(part, experts=experts)
+        return self._known[key]
+
+    def _layer(self, part: int, *, experts: bool) -> Times:
         attention = self.attention(part)
         feed_forward = self.experts(part) if experts else self.mlp(part, self.setting.model.ffn)
         times = attention + feed_forward + Times(operations=self.operations)

@@ -1,0 +1,99 @@
+"""What is worth a warning about a setting."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from seq1f1b.planner.balance import balanced_layout
+from seq1f1b.planner.catalogue import by_shape
+from seq1f1b.planner.memory import estimate_stages
+from seq1f1b.planner.problem import Problem
+from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.time import StepTime, step_time
+from seq1f1b.sequence import PartitionError, imbalance
+
+_IMBALANCE, _LATE, _SLOWER = 0.10, 0.05, 0.005
+
+
+def warnings(problem: Problem, step: StepTime) -> Iterator[str]:
+    """Yield a sentence for each setting that costs time or memory, with the flag that avoids it."""
+    setting = step.setting
+    yield from _too_short(problem, step)
+    yield from _unbalanced(setting)
+    yield from _without_pipeline(problem, setting)
+    yield from _late_stage(problem, step)
+
+
+def _too_short(problem: Problem, step: StepTime) -> Iterator[str]:
+    setting = step.setting
+    if setting.num_splits == 1 or not setting.schedule_name.is_one_f_one_b:
+        return
+    fewer = setting.num_splits // 2
+    faster: StepTime | None = None
+    while fewer >= 1:
+        other = step_time(with_splits(setting, fewer), problem.kernels, problem.runtime)
+        fits = max(estimate_stages(other.setting, problem.runtime)) <= problem.limit_gib
+        if fits and (faster is None or other.seconds < faster.seconds):
+            faster = other
+        fewer //= 2
+    if faster is not None and faster.seconds < step.seconds * (1 - _SLOWER):
+        yield (
+            f"--seq1f1b-splits {setting.num_splits}: sub-sequences of {min(setting.lengths)} "
+            f"tokens are too short to pay; with {faster.setting.num_splits} a step takes "
+            f"{1 - faster.seconds / step.seconds:.1%} less time"
+        )
+
+
+def with_splits(setting: Setting, num_splits: int) -> Setting:
+    """Return the setting with another number of sub-sequences, cut by its balance method."""
+    return replace(
+        setting,
+        num_splits=num_splits,
+        cuts=None,
+        schedule_name=by_shape(setting.num_chunks, num_splits),
+    )
+
+
+def _unbalanced(setting: Setting) -> Iterator[str]:
+    if setting.num_splits == 1:
+        return
+    cost = setting.model.token_cost(setting.vocabulary)
+    excess = imbalance(setting.lengths, cost)
+    if excess <= _IMBALANCE:
+        return
+    method = setting.arguments.seq1f1b_balance_method
+    flag = f"--seq1f1b-balance-method {method}"
+    advice = "uniform_comp balances it"
+    if method == "uniform_comp":
+        flag, advice = f"--seq1f1b-multiple {setting.multiple}", "use a smaller multiple"
+    yield f"{flag}: the longest sub-sequence takes {excess:.0%} longer than the mean; {advice}"
+
+
+def _without_pipeline(problem: Problem, setting: Setting) -> Iterator[str]:
+    if setting.num_splits == 1 or setting.num_stages > 1:
+        return
+    try:
+        whole = max(estimate_stages(with_splits(setting, 1), problem.runtime))
+    except PartitionError:
+        return
+    cut = max(estimate_stages(setting, problem.runtime))
+    yield (
+        f"--seq1f1b-splits {setting.num_splits}: without pipeline stages sub-sequences save no "
+        f"time and cost memory, about {cut:.1f} instead of {whole:.1f} GiB"
+    )
+
+
+def _late_stage(problem: Problem, step: StepTime) -> Iterator[str]:
+    setting, seconds = step.setting, step.stage_seconds
+    if setting.num_stages == 1:
+        return
+    others = sum(seconds[:-1]) / (len(seconds) - 1)
+    excess = seconds[-1] / others - 1
+    if excess <= _LATE or seconds[-1] < max(seconds):
+        return
+    layout = balanced_layout(setting, problem.kernels, problem.runtime)
+    if layout is None or layout == setting.arguments.pipeline_model_parallel_layout:
+        return
+    yield (
+        f"the output layer makes the last stage {excess:.0%} longer than the others; "
+        f"--pipeline-model-parallel-layout '{layout}' makes room for it"
+    )

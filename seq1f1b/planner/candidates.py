@@ -1,0 +1,125 @@
+"""Settings that may fit, each with its step time and memory in closed form."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from seq1f1b.planner.balance import balanced_layout, deal_layers
+from seq1f1b.planner.errors import SettingError
+from seq1f1b.planner.layout import write_layout
+from seq1f1b.planner.memory import estimate_stages
+from seq1f1b.planner.problem import Problem, with_defaults
+from seq1f1b.planner.resolve import resolve
+from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.space import recomputations, schedules, spreads
+from seq1f1b.planner.time import quick_seconds
+
+ERROR = 1.1
+"""How far the closed form of memory may be off before a setting is given up."""
+_LAYOUTS = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_layers_per_virtual_pipeline_stage",
+)
+_SPREAD = {
+    "tensor_model_parallel_size",
+    "context_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "sequence_parallel",
+    "num_virtual_stages_per_pipeline_rank",
+    "seq1f1b_splits",
+    "global_batch_size",
+    "micro_batch_size",
+    *_LAYOUTS,
+}
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting in closed form: seconds of a step, and GiB of the fullest stage."""
+
+    setting: Setting
+    seconds: float
+    gib: float
+
+
+def candidates(problem: Problem) -> list[Candidate]:
+    """Return for each spread, schedule and layout the fastest recomputation that may fit.
+
+    Where none may, the one that needs least. Raises SettingError when Megatron takes no setting.
+    """
+    values = with_defaults(problem)
+    given = problem.values
+    model = resolve({name: value for name, value in values.items() if name not in _SPREAD}).model
+    found: list[Candidate] = []
+    faults: list[SettingError] = []
+    for spread in spreads(given, model, problem.num_gpus, problem.gpus_per_node):
+        for schedule in schedules(given, model, spread, values["seq_length"]):
+            tiled = _tiled(problem, values | spread | schedule)
+            try:
+                found += [_least_recomputed(problem, model, v) for v in _dealt(problem, tiled)]
+            except SettingError as error:
+                faults.append(error)
+    if not found:
+        nothing = SettingError([f"--gpus {problem.num_gpus}: there is no way to use so many"])
+        raise faults[0] if faults else nothing
+    return found
+
+
+def _tiled(problem: Problem, values: Values) -> Values:
+    """Round lengths of sub-sequences to the rows that matrix products compute together."""
+    tile = problem.gpu.kernel_curves.tile
+    splits = values.get("seq1f1b_splits") or 1
+    fits = values["seq_length"] % tile == 0 and values["seq_length"] >= 2 * tile * splits
+    if splits > 1 and tile > 1 and fits:
+        return {"seq1f1b_multiple": tile} | values
+    return values
+
+
+def _dealt(problem: Problem, values: Values) -> Iterator[Values]:
+    """Yield the even layout, where there is one, and one that makes room for the output layer."""
+    if any(problem.values.get(name) for name in _LAYOUTS):
+        yield values
+        return
+    stages = values["pipeline_model_parallel_size"]
+    chunks = values.get("num_virtual_stages_per_pipeline_rank") or 1
+    is_even = values["num_layers"] % (stages * chunks) == 0
+    provisional = values
+    if is_even:
+        yield values
+    else:
+        counts = deal_layers(values["num_layers"], stages * chunks, 1.0, 0.0, 0.5)
+        provisional = _laid_out(values, write_layout(counts, values.get("mtp_num_layers") or 0))
+    if stages == 1:
+        return
+    setting = resolve(provisional, num_gpus=problem.num_gpus)
+    layout = balanced_layout(setting, problem.kernels, problem.runtime)
+    if layout is not None:
+        yield _laid_out(values, layout)
+
+
+def _laid_out(values: Values, layout: str) -> Values:
+    return values | {
+        "pipeline_model_parallel_layout": layout,
+        "num_virtual_stages_per_pipeline_rank": None,
+    }
+
+
+def _least_recomputed(problem: Problem, model: Any, values: Mapping[str, Any]) -> Candidate:
+    """Return the setting with the least recomputation that may fit, or the one that needs least."""
+    tried = []
+    for recompute in recomputations(problem.values, model):
+        setting = resolve({**values, **recompute}, num_gpus=problem.num_gpus)
+        gib = max(estimate_stages(setting, problem.runtime))
+        tried.append((gib, setting))
+        if gib <= problem.limit_gib:
+            break
+    gib, setting = min(tried, key=lambda one: one[0])
+    seconds = quick_seconds(setting, problem.kernels, problem.runtime)
+    return Candidate(setting, seconds, gib)
