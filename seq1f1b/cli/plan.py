@@ -282,7 +282,7 @@ def _explain(console: Console, row: Row) -> None:
     work = max(step.stage_seconds) * step.setting.num_micro_batches
     console.print(
         f"step {step.seconds:.3f} s: slowest stage computes {work:.3f} s, pipeline "
-        f"{step.simulation.step_time:.3f} s, gradient reduction {step.reduction:.3f} s, optimizer "
+        f"{step.pipeline:.3f} s, gradient reduction {step.reduction:.3f} s, optimizer "
         f"{step.optimizer:.3f} s"
     )
     table = Table(header_style="bold", box=None, pad_edge=False)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from seq1f1b.planner.balance import balanced_layout
 from seq1f1b.planner.catalogue import by_shape
-from seq1f1b.planner.memory import estimate_stages
+from seq1f1b.planner.memory import estimate_peak
 from seq1f1b.planner.problem import Problem
 from seq1f1b.planner.setting import Setting
 from seq1f1b.planner.time import StepTime, step_time
@@ -31,7 +31,7 @@ def _too_short(problem: Problem, step: StepTime) -> Iterator[str]:
     faster: StepTime | None = None
     while fewer >= 1:
         other = step_time(with_splits(setting, fewer), problem.kernels, problem.runtime)
-        fits = max(estimate_stages(other.setting, problem.runtime)) <= problem.limit_gib
+        fits = estimate_peak(other.setting, problem.runtime) <= problem.limit_gib
         if fits and (faster is None or other.seconds < faster.seconds):
             faster = other
         fewer //= 2
@@ -72,10 +72,10 @@ def _without_pipeline(problem: Problem, setting: Setting) -> Iterator[str]:
     if setting.num_splits == 1 or setting.num_stages > 1:
         return
     try:
-        whole = max(estimate_stages(with_splits(setting, 1), problem.runtime))
+        whole = estimate_peak(with_splits(setting, 1), problem.runtime)
     except PartitionError:
         return
-    cut = max(estimate_stages(setting, problem.runtime))
+    cut = estimate_peak(setting, problem.runtime)
     yield (
         f"--seq1f1b-splits {setting.num_splits}: without pipeline stages sub-sequences save no "
         f"time and cost memory, about {cut:.1f} instead of {whole:.1f} GiB"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, NamedTuple
 
 MODEL = "Model (Megatron's options)"
@@ -456,6 +457,7 @@ class Arguments:
     )
 
 
+@cache
 def options() -> tuple[Option, ...]:
     """Return the table, a row for each field of ``Arguments``."""
     rows = []

@@ -1,5 +1,6 @@
 """Settings that may fit, each with its step time and memory in closed form."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,15 +8,18 @@ from typing import Any
 from seq1f1b.planner.balance import balanced_layout, deal_layers
 from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.layout import write_layout
-from seq1f1b.planner.memory import estimate_stages
+from seq1f1b.planner.memory import estimate_peak
 from seq1f1b.planner.problem import Problem, with_defaults
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.setting import Setting
 from seq1f1b.planner.space import recomputations, schedules, spreads
-from seq1f1b.planner.time import quick_seconds
+from seq1f1b.planner.time import action_costs, quick_seconds
+from seq1f1b.schedule import Kind
 
 ERROR = 1.1
 """How far the closed form of memory may be off before a setting is given up."""
+_HOPELESS = 1.03
+"""How much slower than the fastest a spread may be before its schedules are not looked at."""
 _LAYOUTS = (
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
@@ -52,24 +56,67 @@ class Candidate:
 def candidates(problem: Problem) -> list[Candidate]:
     """Return for each spread, schedule and layout the fastest recomputation that may fit.
 
-    Where none may, the one that needs least. Raises SettingError when Megatron takes no setting.
+    Where none may, the one that needs least. Spreads that are slower without any bubble than the
+    fastest that fits are left out. Raises SettingError when Megatron takes no setting.
     """
-    values = with_defaults(problem)
-    given = problem.values
-    model = resolve({name: value for name, value in values.items() if name not in _SPREAD}).model
     found: list[Candidate] = []
     faults: list[SettingError] = []
-    for spread in spreads(given, model, problem.num_gpus, problem.gpus_per_node):
-        for schedule in schedules(given, model, spread, values["seq_length"]):
-            tiled = _tiled(problem, values | spread | schedule)
-            try:
-                found += [_least_recomputed(problem, model, v) for v in _dealt(problem, tiled)]
-            except SettingError as error:
-                faults.append(error)
+    fastest = math.inf
+    for bound, spread in _by_bound(problem, faults):
+        if bound > fastest * _HOPELESS:
+            break
+        for one in _of_spread(problem, spread, faults):
+            found.append(one)
+            if one.gib <= problem.limit_gib / ERROR:
+                fastest = min(fastest, one.seconds)
     if not found:
         nothing = SettingError([f"--gpus {problem.num_gpus}: there is no way to use so many"])
         raise faults[0] if faults else nothing
     return found
+
+
+def may_fit(problem: Problem) -> bool:
+    """Whether any setting fits in closed form."""
+    faults: list[SettingError] = []
+    return any(
+        one.gib <= problem.limit_gib
+        for _, spread in _by_bound(problem, faults)
+        for one in _of_spread(problem, spread, faults)
+    )
+
+
+def _by_bound(
+    problem: Problem, faults: list[SettingError]
+) -> list[tuple[float, Mapping[str, Any]]]:
+    """Return spreads with the seconds of a step without any bubble, the fastest first."""
+    values = with_defaults(problem)
+    model = resolve({name: value for name, value in values.items() if name not in _SPREAD}).model
+    bounds: list[tuple[float, Mapping[str, Any]]] = []
+    for spread in spreads(problem.values, model, problem.num_gpus, problem.gpus_per_node):
+        plain = {name: value for name, value in values.items() if name not in _SPREAD}
+        plain |= {"global_batch_size": values["global_batch_size"], **spread}
+        try:
+            setting = resolve(_even(plain), num_gpus=problem.num_gpus)
+        except SettingError as error:
+            faults.append(error)
+            continue
+        costs = action_costs(setting, problem.kernels, problem.runtime)
+        work = costs.total(Kind.F) + costs.total(Kind.B)
+        bounds.append((work * setting.num_micro_batches, spread))
+    return sorted(bounds, key=lambda one: one[0])
+
+
+def _of_spread(
+    problem: Problem, spread: Mapping[str, Any], faults: list[SettingError]
+) -> Iterator[Candidate]:
+    values, given = {**with_defaults(problem), **spread}, problem.values
+    model = resolve({name: value for name, value in values.items() if name not in _SPREAD}).model
+    for schedule in schedules(given, model, spread, values["seq_length"]):
+        try:
+            for dealt in _dealt(problem, _tiled(problem, values | schedule)):
+                yield _least_recomputed(problem, model, dealt)
+        except SettingError as error:
+            faults.append(error)
 
 
 def _tiled(problem: Problem, values: Values) -> Values:
@@ -87,21 +134,25 @@ def _dealt(problem: Problem, values: Values) -> Iterator[Values]:
     if any(problem.values.get(name) for name in _LAYOUTS):
         yield values
         return
-    stages = values["pipeline_model_parallel_size"]
-    chunks = values.get("num_virtual_stages_per_pipeline_rank") or 1
-    is_even = values["num_layers"] % (stages * chunks) == 0
-    provisional = values
-    if is_even:
+    provisional = _even(values)
+    if provisional is values:
         yield values
-    else:
-        counts = deal_layers(values["num_layers"], stages * chunks, 1.0, 0.0, 0.5)
-        provisional = _laid_out(values, write_layout(counts, values.get("mtp_num_layers") or 0))
-    if stages == 1:
+    if values["pipeline_model_parallel_size"] == 1:
         return
     setting = resolve(provisional, num_gpus=problem.num_gpus)
     layout = balanced_layout(setting, problem.kernels, problem.runtime)
     if layout is not None:
         yield _laid_out(values, layout)
+
+
+def _even(values: Values) -> Values:
+    """Return values with a layout where layers cannot be dealt evenly."""
+    stages = values["pipeline_model_parallel_size"]
+    chunks = values.get("num_virtual_stages_per_pipeline_rank") or 1
+    if values["num_layers"] % (stages * chunks) == 0:
+        return values
+    counts = deal_layers(values["num_layers"], stages * chunks, 1.0, 0.0, 0.5)
+    return _laid_out(values, write_layout(counts, values.get("mtp_num_layers") or 0))
 
 
 def _laid_out(values: Values, layout: str) -> Values:
@@ -116,7 +167,7 @@ def _least_recomputed(problem: Problem, model: Any, values: Mapping[str, Any]) -
     tried = []
     for recompute in recomputations(problem.values, model):
         setting = resolve({**values, **recompute}, num_gpus=problem.num_gpus)
-        gib = max(estimate_stages(setting, problem.runtime))
+        gib = estimate_peak(setting, problem.runtime)
         tried.append((gib, setting))
         if gib <= problem.limit_gib:
             break

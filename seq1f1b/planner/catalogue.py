@@ -37,6 +37,11 @@ class ScheduleName(StrEnum):
         return self in (ScheduleName.ZERO_BUBBLE, ScheduleName.SEQ_ZERO_BUBBLE)
 
     @property
+    def is_megatrons(self) -> bool:
+        """Whether Megatron's own loop runs it."""
+        return self in (ScheduleName.PLAIN, ScheduleName.INTERLEAVED)
+
+    @property
     def is_one_f_one_b(self) -> bool:
         """Whether it is 1F1B, plain or interleaved, on whole micro-batches or sub-sequences."""
         return self in (

@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from seq1f1b.planner.arguments import Arguments
 from seq1f1b.sequence import LatentAttention, TokenCost
@@ -96,6 +97,7 @@ def default_ffn(hidden: int, *, gated: bool) -> int:
     return int((4 * hidden * 2 / 3) / 64) * 64 if gated else 4 * hidden
 
 
+@lru_cache(maxsize=64)
 def expert_pattern(frequency: int | str, num_layers: int) -> tuple[bool, ...]:
     """Return which layers have experts; ``frequency`` as in --moe-layer-freq.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from seq1f1b.planner.candidates import candidates
+from seq1f1b.planner.candidates import may_fit
 from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.gpu import gpu, gpus
 from seq1f1b.planner.problem import Problem, Row
@@ -55,6 +55,6 @@ def _with(problem: Problem, **values: Any) -> Problem:
 
 def _fits(problem: Problem) -> bool:
     try:
-        return any(one.gib <= problem.limit_gib for one in candidates(problem))
+        return may_fit(problem)
     except SettingError:
         return False

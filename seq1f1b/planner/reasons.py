@@ -25,7 +25,7 @@ def _parts(row: Row) -> dict[str, float]:
     number = step.setting.num_micro_batches
     mean, longest = _mean(step.stage_seconds), max(step.stage_seconds)
     return {
-        "waiting": step.simulation.step_time - longest * number,
+        "waiting": step.pipeline - longest * number,
         "imbalance": (longest - mean) * number,
         "work": mean * number,
         "reduction": step.reduction,

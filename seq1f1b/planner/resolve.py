@@ -297,7 +297,9 @@ class _Resolver:
             )
 
     def _sub_sequence_faults(self, num_splits: int, tp: int, cp: int) -> Iterator[str]:
-        if num_splits == 1:
+        """Yield what the executor, which also runs whole micro-batches in other orders, refuses."""
+        name = self.name or _trained_schedule(self.a)
+        if num_splits == 1 and (name is None or name.is_megatrons):
             return
         if self.a.attention_dropout:
             if "attention_dropout" in self.values:

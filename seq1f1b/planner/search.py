@@ -1,7 +1,7 @@
 """From a model and a cluster to ranked settings."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from seq1f1b.planner.candidates import ERROR, Candidate, candidates
@@ -9,9 +9,10 @@ from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.memory import GIB, trace_fullest
 from seq1f1b.planner.problem import Plan, Problem, Row
 from seq1f1b.planner.setting import Setting
-from seq1f1b.planner.time import StepTime, step_time
+from seq1f1b.planner.time import StepTime, num_actions, step_time
 
-_SIMULATED, _REFINED, _KEPT, _MOST_TRACED = 40, 6, 8, 20
+_SIMULATED, _REFINED, _KEPT, _MOST_TRACED = 40, 4, 6, 12
+_MOST_ACTIONS, _ACTIONS_OF_A_LONG_STEP = 1_500_000, 150_000
 _MOST_ACTIONS_OF_GREEDY = 3000
 _SAME_TIME = 0.005
 MARGIN = 0.05
@@ -33,7 +34,7 @@ def search(problem: Problem, report: Progress = _silent) -> Plan:
     looked_at = candidates(problem)
     fitting = [one for one in looked_at if one.gib <= problem.limit_gib * ERROR]
     report(f"{len(looked_at)} settings looked at, {len(fitting)} may fit")
-    steps = _simulated(problem, sorted(fitting, key=_seconds)[:_SIMULATED])
+    steps = _simulated(problem, _affordable(sorted(fitting, key=_seconds)))
     steps += [
         step_time(setting, problem.kernels, problem.runtime)
         for step in sorted(steps, key=_seconds)[:_REFINED]
@@ -67,11 +68,25 @@ def _simulated(problem: Problem, chosen: Iterable[Candidate]) -> list[StepTime]:
     return [step_time(one.setting, problem.kernels, problem.runtime) for one in chosen]
 
 
+def _affordable(ordered: Sequence[Candidate]) -> list[Candidate]:
+    """Return the first few, as many as can be simulated in some seconds."""
+    chosen, actions = [], 0
+    for one in ordered[:_SIMULATED]:
+        chosen.append(one)
+        actions += min(num_actions(one.setting), _ACTIONS_OF_A_LONG_STEP)
+        if actions > _MOST_ACTIONS and len(chosen) >= _REFINED:
+            break
+    return chosen
+
+
 def _variants(problem: Problem, setting: Setting) -> Iterator[Setting]:
     """Yield the same setting with other cuts and orders of actions, of those that nothing fixes."""
     a, given = setting.arguments, problem.values
     if setting.num_splits > 1 and "seq1f1b_balance_method" not in given:
         yield replace(setting, arguments=replace(a, seq1f1b_balance_method="average"))
+    heads = setting.model.heads if setting.model.latent else setting.model.groups
+    if heads % (setting.tensor * setting.context):
+        return  # the executor exchanges tokens for heads
     has_biases = a.add_bias_linear or a.add_qkv_bias
     if has_biases or setting.num_stages == 1 or "seq1f1b_schedule" in given:
         return  # Transformer Engine's layers cannot defer the gradients of biases

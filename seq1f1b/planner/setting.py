@@ -67,6 +67,11 @@ class Setting:
     assumed: tuple[str, ...] = ()
 
     @property
+    def runs_executor(self) -> bool:
+        """Whether the executor of sub-sequences runs the steps, and not Megatron's own loop."""
+        return self.num_splits > 1 or not self.schedule_name.is_megatrons
+
+    @property
     def num_stages(self) -> int:
         """Pipeline stages."""
         return len(self.chunks)
@@ -174,7 +179,7 @@ def megatron_values(setting: Setting) -> dict[str, Any]:
     if values["pipeline_model_parallel_layout"] is None and setting.num_chunks > 1:
         values["num_layers_per_virtual_pipeline_stage"] = None
         values["num_virtual_stages_per_pipeline_rank"] = setting.num_chunks
-    if setting.num_splits > 1:
+    if setting.runs_executor:
         values["attention_dropout"] = 0.0
         if setting.context > 1:
             values["cp_comm_type"] = ("a2a",)

@@ -60,16 +60,18 @@ def spreads(
             if model.experts is None:
                 yield values
                 continue
-            ranks = num_gpus // pp
-            for ep in _choices(
-                given, "expert_model_parallel_size", _divisors(ranks, model.experts.count)
-            ):
-                if model.experts.count % ep == 0 and ep & (ep - 1) == 0:
+            for ep in _choices(given, "expert_model_parallel_size", _expert_ranks(num_gpus // pp)):
+                if model.experts.count % ep == 0 and ep <= model.experts.count:
                     shards = given.get("expert_tensor_parallel_size", 1)
                     yield values | {
                         "expert_model_parallel_size": ep,
                         "expert_tensor_parallel_size": shards,
                     }
+
+
+def _expert_ranks(most: int) -> list[int]:
+    """Return some numbers of expert-parallel ranks, of the ``most`` that a stage has."""
+    return [ranks for ranks in (1, 4, 8, 16, 32, 64) if most % ranks == 0]
 
 
 def schedules(

@@ -210,3 +210,10 @@ def test_given_cuts_are_followed():
     profile = runtime("current")
     lopsided = trace_memory(setting.with_cuts((7168, 1024)), profile)
     assert lopsided.peak_gib != trace_memory(replace(setting, cuts=None), profile).peak_gib
+
+
+@pytest.mark.parametrize("layout", ["E|tttt|tttt|L", "Ettt|tttt|t|L", "E|tt|tt|tt|tt|||L"])
+def test_chunks_without_layers_are_traced(layout):
+    for splits in (1, 2):
+        trace = traced(pipeline_model_parallel_layout=layout, seq1f1b_splits=splits)
+        assert trace.peak_gib > 0

@@ -27,6 +27,17 @@ def estimate_stages(setting: Setting, runtime: Runtime) -> tuple[float, ...]:
     return tuple(_stage(setting, runtime, stage) / GIB for stage in range(setting.num_stages))
 
 
+def estimate_peak(setting: Setting, runtime: Runtime) -> float:
+    """Return GiB reserved by the fullest stage.
+
+    Of stages with the same layers the first holds most, so only that one is looked at.
+    """
+    first: dict[tuple[ChunkLayers, ...], int] = {}
+    for stage, chunks in enumerate(setting.chunks):
+        first.setdefault(chunks, stage)
+    return max(_stage(setting, runtime, stage) for stage in first.values()) / GIB
+
+
 def _stage(setting: Setting, runtime: Runtime, stage: int) -> float:
     static = sum(static_sizes(setting, stage))
     chunks, num_chunks = setting.chunks[stage], setting.num_chunks

@@ -208,7 +208,7 @@ class _StageTrace:
         for index, saved in reversed(list(enumerate(forward.ahead))):
             carry = self._carry(number, micro_batch, len(chunk.layers) + index)
             gradient = self._ahead_backward(saved, sizes, carry, part, gradient)
-        if not chunk.layers:
+        if not chunk.layers and forward.head is None:
             self._free_input(forward)
         for index in reversed(range(len(chunk.layers))):
             carry = self._carry(number, micro_batch, index)

@@ -10,6 +10,7 @@ from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
 from seq1f1b.schedule import Schedule
 
+_NEARLY = 0.95
 _ENOUGH_LAYERS = 12_000
 """Layers, forward and backward, that are followed in a few seconds."""
 
@@ -58,12 +59,14 @@ def trace_fullest(
 ) -> tuple[int, StageMemory]:
     """Return the fullest stage and its peaks, from one short step.
 
-    Only the two stages that the closed form finds fullest are followed, through three turns.
+    Only the stage that the closed form finds fullest is followed, and the next one if it comes
+    near; through three turns.
     """
     if schedule is None:
         schedule = _shortened(setting, enough=0).schedule()
     estimates = estimate_stages(setting, runtime)
-    fullest = sorted(range(len(estimates)), key=lambda stage: -estimates[stage])[:2]
+    first, *others = sorted(range(len(estimates)), key=lambda stage: -estimates[stage])
+    fullest = [first, *(one for one in others[:1] if estimates[one] > _NEARLY * estimates[first])]
     traced = [
         (stage, trace_stage(setting, runtime, stage, schedule.stages[stage], num_steps=1))
         for stage in fullest

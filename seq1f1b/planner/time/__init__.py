@@ -3,7 +3,13 @@
 from seq1f1b.planner.time.accuracy import ACCURACY
 from seq1f1b.planner.time.actions import action_costs, stage_link
 from seq1f1b.planner.time.kernels import Kernels
-from seq1f1b.planner.time.step import StepTime, make_schedule, quick_seconds, step_time
+from seq1f1b.planner.time.step import (
+    StepTime,
+    make_schedule,
+    num_actions,
+    quick_seconds,
+    step_time,
+)
 
 __all__ = [
     "ACCURACY",
@@ -11,6 +17,7 @@ __all__ = [
     "StepTime",
     "action_costs",
     "make_schedule",
+    "num_actions",
     "quick_seconds",
     "stage_link",
     "step_time",

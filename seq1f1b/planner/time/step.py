@@ -15,24 +15,35 @@ from seq1f1b.simulate.formulas import bubble_ratio
 
 _OPTIMIZER_BYTES = 28
 """What Adam reads and writes of a parameter: gradient, main parameter, two moments; parameter."""
+_LONG = 30_000
+"""Actions of a step that is not simulated as a whole."""
 _LAST_BUCKET = 0.1
 """Share of an overlapped reduction that nothing is left to hide."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of a setting, in seconds."""
+    """A step of a setting, in seconds.
+
+    pipeline: from the first forward to the last backward.
+    """
 
     setting: Setting
-    simulation: Simulation
     costs: Costs
+    link: Link
+    pipeline: float
     reduction: float
     optimizer: float
+
+    @cached_property
+    def simulation(self) -> Simulation:
+        """The pipeline, action by action."""
+        return simulate(make_schedule(self.setting, self.costs, self.link), self.costs, self.link)
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.simulation.step_time + self.reduction + self.optimizer
+        return self.pipeline + self.reduction + self.optimizer
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,7 +55,8 @@ class StepTime:
     @property
     def bubble_ratio(self) -> float:
         """Idle time over total time in the pipeline."""
-        return self.simulation.bubble_ratio
+        work = sum(self.stage_seconds) / len(self.stage_seconds)
+        return 1.0 - work * self.setting.num_micro_batches / self.pipeline
 
     def mfu(self, tflops: float) -> float:
         """Return the share of ``tflops`` a device that the model's operations take.
@@ -82,16 +94,40 @@ def make_schedule(setting: Setting, costs: Costs, link: Link) -> Schedule:
 
 
 def step_time(setting: Setting, kernels: Kernels, runtime: Runtime) -> StepTime:
-    """Simulate a step."""
+    """Simulate a step; of a very long one the first and last micro-batches."""
     costs, link = action_costs(setting, kernels, runtime), stage_link(setting, kernels)
-    schedule = make_schedule(setting, costs, link)
     return StepTime(
         setting,
-        simulate(schedule, costs, link),
         costs,
+        link,
+        _pipeline_seconds(setting, costs, link),
         gradient_reduction(setting, kernels, costs),
         optimizer_seconds(setting, kernels),
     )
+
+
+def num_actions(setting: Setting) -> int:
+    """Return the forwards and backwards of a step, on all stages."""
+    parts = setting.num_stages * setting.num_chunks * setting.num_splits
+    return 2 * parts * setting.num_micro_batches
+
+
+def _pipeline_seconds(setting: Setting, costs: Costs, link: Link) -> float:
+    """Simulate, or take the steady phase of a long step for as long as one turn of it.
+
+    A turn is as many micro-batches as have a sub-sequence for every stage.
+    """
+    turn = -(-setting.num_stages // setting.num_splits)
+    fewer = 3 * turn + setting.num_micro_batches % turn
+    is_long = num_actions(setting) > _LONG and setting.num_micro_batches > fewer + turn
+    if not is_long or setting.schedule_name is ScheduleName.GREEDY:
+        return simulate(make_schedule(setting, costs, link), costs, link).step_time
+    short, longer = (
+        simulate(setting.with_micro_batches(number).schedule(), costs, link).step_time
+        for number in (fewer, fewer + turn)
+    )
+    turns = (setting.num_micro_batches - fewer) / turn
+    return short + turns * (longer - short)
 
 
 def quick_seconds(setting: Setting, kernels: Kernels, runtime: Runtime) -> float:
@@ -120,7 +156,7 @@ def gradient_reduction(setting: Setting, kernels: Kernels, costs: Costs) -> floa
     a = setting.arguments
     ranks, stride = setting.data * setting.context, setting.tensor
     worst = 0.0
-    for stage in range(setting.num_stages):
+    for stage in _different_stages(setting):
         held = stage_parameters(setting, stage)
         expert_stride = setting.expert_tensor * setting.experts
         gradients, gathered = 0.0, 0.0
@@ -146,11 +182,17 @@ def gradient_reduction(setting: Setting, kernels: Kernels, costs: Costs) -> floa
     return worst
 
 
+def _different_stages(setting: Setting) -> list[int]:
+    """Return one stage of each kind, by its layers."""
+    first = {chunks: stage for stage, chunks in reversed(list(enumerate(setting.chunks)))}
+    return list(first.values())
+
+
 def optimizer_seconds(setting: Setting, kernels: Kernels) -> float:
     """Return the time of the optimizer's step on the fullest stage."""
     sharded = setting.arguments.use_distributed_optimizer
     worst = 0.0
-    for stage in range(setting.num_stages):
+    for stage in _different_stages(setting):
         held = stage_parameters(setting, stage)
         states = held.dense / (setting.data * setting.context if sharded else 1)
         states += held.experts / (setting.expert_data if sharded else 1)
