@@ -18,9 +18,9 @@ app = typer.Typer(
 )
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(plan)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
-app.command()(simulate)
-app.command()(compare)
-app.command()(timeline)
+app.command(cls=MegatronCommand, context_settings=CONTEXT)(simulate)
+app.command(cls=MegatronCommand, context_settings=CONTEXT)(compare)
+app.command(cls=MegatronCommand, context_settings=CONTEXT)(timeline)
 app.command()(models)
 app.command("gpus")(list_gpus)
 

@@ -1,21 +1,27 @@
 """``seq1f1b compare``: schedules side by side."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from seq1f1b.cli import options, report
-from seq1f1b.cli.options import BalanceName, flag_error
-from seq1f1b.cli.problem import Shape, make_shape, make_source, run
+from seq1f1b.cli import megatron, options, report
+from seq1f1b.cli.megatron import read_given
+from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.problem import CHUNKS, Device, Shape, make_shape, make_source, run
 from seq1f1b.cli.source import Source, TraceCosts
 from seq1f1b.planner.catalogue import ScheduleName
+from seq1f1b.planner.errors import SettingError
+from seq1f1b.planner.layout import LayoutError
+
+_MOST_ACTIONS_OF_GREEDY = 20_000
 
 SplitsList = Annotated[
     str | None,
     typer.Option(
         "--splits",
+        "--seq1f1b-splits",
         metavar="N[,N...]",
         help="Sub-sequences of a micro-batch; several numbers make a row each. [default: 4]",
         rich_help_panel="Pipeline",
@@ -24,66 +30,61 @@ SplitsList = Annotated[
 
 
 def compare(
-    stages: options.Stages = None,
-    chunks: options.Chunks = None,
+    ctx: typer.Context,
+    model: megatron.Model = None,
+    gpu: megatron.GpuName = None,
+    gpus: megatron.Gpus = None,
+    gpus_per_node: megatron.GpusPerNode = None,
     microbatches: options.MicroBatches = None,
     splits: SplitsList = None,
     group: options.Group = None,
-    max_live: options.MaxLive = None,
-    seq_length: options.SeqLength = None,
-    hidden_size: options.HiddenSize = None,
-    layers: options.Layers = None,
-    heads: options.Heads = None,
-    query_groups: options.QueryGroups = None,
-    ffn_hidden_size: options.FfnHiddenSize = None,
-    micro_batch_size: options.MicroBatchSize = 1,
-    balance_method: options.BalanceMethod = BalanceName.average,
-    multiple: options.Multiple = 1,
     backward_ratio: options.BackwardRatio = 2.0,
-    tflops: options.Tflops = 100.0,
-    latency: options.Latency = 0.0,
+    tflops: options.Tflops = None,
+    latency: options.Latency = None,
     bandwidth: options.Bandwidth = None,
     trace: options.Trace = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare all schedules of a shape: step time, bubble ratio, and what each stage holds.
+    """Compare all schedules of a shape, the fastest first: step, bubble, and what each stage holds.
 
-    Interleaved schedules have --chunks model chunks a stage, 2 unless given. The greedy schedule
-    is searched for every shape, in the memory that 1F1B takes there or in --max-live.
+    Interleaved schedules have 2 model chunks a stage unless options say more. The greedy schedule
+    is searched for shapes of moderate size, in the memory that 1F1B takes there or in --max-live.
+    Costs are those of a model on a GPU (Megatron's options, or --model), of a trace, or equal for
+    all stages and sub-sequences.
 
     peak_live counts sub-sequences of the row's own split, on one model chunk each, between their
     forward and backward: divided by chunks and splits, it is in whole micro-batches.
     """
-    source = make_source(
-        trace=trace,
-        seq_length=seq_length,
-        hidden_size=hidden_size,
-        layers=layers,
-        heads=heads,
-        query_groups=query_groups,
-        ffn_hidden_size=ffn_hidden_size,
-        micro_batch_size=micro_batch_size,
-        balance_method=balance_method,
-        multiple=multiple,
-        backward_ratio=backward_ratio,
-        tflops=tflops,
-        latency=latency,
-        bandwidth=bandwidth,
-    )
+    given = read_given(ctx.args, model)
+    device = Device(gpu, gpus, gpus_per_node, tflops, backward_ratio, latency, bandwidth)
+    source = make_source(given, microbatches, trace, device)
     counts = _split_counts(splits, source)
-    if chunks is None and not isinstance(source, TraceCosts):
-        chunks = 2
-    shape = make_shape(source, stages, chunks, microbatches, None)
+    shape = make_shape(source, given, microbatches)
+    says_chunks = any(given.values.get(name) is not None for name in CHUNKS)
+    if not says_chunks and not isinstance(source, TraceCosts):
+        shape = Shape(shape.stages, 2, shape.micro_batches, shape.splits)
+    left_out: list[str] = []
     rows = []
-    for name, each in _candidates(shape, counts):
+    for name, each in _candidates(shape, counts, left_out):
         turns = group if name.has_chunks else None
-        cap = max_live if name is ScheduleName.GREEDY else None
-        schedule = each.generate(source, name, turns, cap)
-        rows.append(report.figures(source, run(source, schedule)))
+        cap = given.values.get("seq1f1b_max_live") if name is ScheduleName.GREEDY else None
+        try:
+            schedule = each.generate(source, name, turns, cap)
+            rows.append(report.figures(source, run(source, schedule)))
+        except (SettingError, LayoutError) as error:
+            left_out.append(f"{name} with {each.chunks} chunk(s): {'; '.join(_faults(error))}")
+    rows.sort(key=lambda row: row["step_time"])
     if as_json:
         report.write_json(rows)
     else:
         _print(source, rows)
+        for text in (*left_out, *_too_short(rows)):
+            report.console().print(text, style="dim")
+        report.print_notes(source, given)
+
+
+def _faults(error: Exception) -> list[str]:
+    return list(error.faults) if isinstance(error, SettingError) else [str(error)]
 
 
 def _split_counts(text: str | None, source: Source) -> list[int]:
@@ -95,20 +96,49 @@ def _split_counts(text: str | None, source: Source) -> list[int]:
     return sorted({int(number) for number in numbers})
 
 
-def _candidates(shape: Shape, split_counts: list[int]) -> list[tuple[ScheduleName, Shape]]:
-    """Return every schedule that the shape allows, whole micro-batches first."""
+def _candidates(
+    shape: Shape, split_counts: list[int], left_out: list[str]
+) -> Iterator[tuple[ScheduleName, Shape]]:
+    """Yield every schedule that the shape allows, whole micro-batches first."""
     chunk_counts = [1] + [shape.chunks] * (shape.chunks > 1 and shape.stages > 1)
-    return [
-        (name, Shape(shape.stages, chunks, shape.micro_batches, splits))
-        for splits in [1, *(splits for splits in split_counts if splits > 1)]
-        for name in ScheduleName
-        for chunks in chunk_counts
-        if name.allows(chunks, splits) and (name is not ScheduleName.GPIPE or splits == 1)
-    ]
+    for splits in [1, *(splits for splits in split_counts if splits > 1)]:
+        for name in ScheduleName:
+            for chunks in chunk_counts:
+                if not name.allows(chunks, splits):
+                    continue
+                if name is ScheduleName.GPIPE and splits > 1:
+                    continue
+                each = Shape(shape.stages, chunks, shape.micro_batches, splits)
+                if name is ScheduleName.GREEDY and each.num_actions > _MOST_ACTIONS_OF_GREEDY:
+                    left_out.append(
+                        f"greedy with {splits} splits and {chunks} chunk(s) is left out: its "
+                        "search takes long; simulate --schedule greedy does it"
+                    )
+                    continue
+                yield name, each
+
+
+def _too_short(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a warning for sub-sequences that cost more than they save."""
+    for row in rows:
+        alike = [
+            other
+            for other in rows
+            if other["schedule"] == row["schedule"]
+            and other["chunks"] == row["chunks"]
+            and 1 < other["splits"] < row["splits"]
+            and other["step_time"] < row["step_time"]
+        ]
+        if alike:
+            best = min(alike, key=lambda other: other["step_time"])
+            yield (
+                f"warning: {row['schedule']} with {row['splits']} splits: sub-sequences are too "
+                f"short to pay; {best['splits']} are faster"
+            )
 
 
 def _print(source: Source, rows: list[dict[str, Any]]) -> None:
-    plain = next(row for row in rows if row["schedule"] == ScheduleName.PLAIN)
+    plain = next((row for row in rows if row["schedule"] == ScheduleName.PLAIN), rows[0])
     table = Table(header_style="bold", box=None, padding=(0, 1), pad_edge=False)
     table.add_column("schedule", no_wrap=True)
     for title in ("splits", "chunks", "step", "vs 1f1b", "bubble", "theory", "memory"):
@@ -126,7 +156,7 @@ def _print(source: Source, rows: list[dict[str, Any]]) -> None:
             "-" if theory is None else f"{theory:.1%}",
             f"{held[0]}..{held[-1]}",
         )
-    console = Console(highlight=False)
+    console = report.console()
     console.print(table)
     console.print(
         f"memory: the most that the first and the last stage hold, in {report.memory_title(source)}"

@@ -1,6 +1,5 @@
-"""The flags that the commands share."""
+"""The options that the commands share, beside Megatron's."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,14 +7,7 @@ import typer
 
 from seq1f1b.planner.catalogue import ScheduleName
 
-_PIPELINE, _MODEL, _DEVICE = "Pipeline", "Model (for times in seconds)", "Devices and links"
-
-
-class BalanceName(StrEnum):
-    """Where to cut a sequence."""
-
-    average = "average"
-    uniform_comp = "uniform_comp"
+_PIPELINE, _DEVICE = "Pipeline", "Devices and links"
 
 
 def flag_error(flag: str, message: str) -> typer.BadParameter:
@@ -23,29 +15,20 @@ def flag_error(flag: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=f"'{flag}'")
 
 
-Stages = Annotated[
-    int | None,
-    typer.Option("--stages", min=1, help="Pipeline stages.", rich_help_panel=_PIPELINE),
-]
-Chunks = Annotated[
-    int | None,
-    typer.Option("--chunks", min=1, help="Model chunks a stage.", rich_help_panel=_PIPELINE),
-]
 MicroBatches = Annotated[
     int | None,
-    typer.Option("--microbatches", min=1, help="Micro-batches.", rich_help_panel=_PIPELINE),
-]
-Splits = Annotated[
-    int | None,
     typer.Option(
-        "--splits", min=1, help="Sub-sequences of a micro-batch.", rich_help_panel=_PIPELINE
+        "--microbatches",
+        min=1,
+        help="Micro-batches of a step. [default: by --global-batch-size]",
+        rich_help_panel=_PIPELINE,
     ),
 ]
 ScheduleOption = Annotated[
     ScheduleName | None,
     typer.Option(
         "--schedule",
-        help="Which schedule; chosen by --chunks and --splits unless given.",
+        help="Which schedule; chosen by chunks and splits unless given.",
         rich_help_panel=_PIPELINE,
     ),
 ]
@@ -54,75 +37,9 @@ Group = Annotated[
     typer.Option(
         "--group",
         min=1,
-        help="Interleaved: sub-sequences that go through a chunk in a turn. [default: --stages]",
+        help="Interleaved: sub-sequences that go through a chunk in a turn. [default: the number "
+        "of stages]",
         rich_help_panel=_PIPELINE,
-    ),
-]
-MaxLive = Annotated[
-    int | None,
-    typer.Option(
-        "--max-live",
-        min=1,
-        help="greedy: sub-sequences (on one model chunk each) that a stage may hold from their "
-        "forward to the end of their backward. [default: as the first stage under 1F1B]",
-        rich_help_panel=_PIPELINE,
-    ),
-]
-SeqLength = Annotated[
-    int | None,
-    typer.Option("--seq-length", min=1, help="Tokens of a sequence.", rich_help_panel=_MODEL),
-]
-HiddenSize = Annotated[
-    int | None,
-    typer.Option("--hidden-size", min=1, help="Width of the model.", rich_help_panel=_MODEL),
-]
-Layers = Annotated[
-    int | None,
-    typer.Option("--layers", min=1, help="Transformer layers in all.", rich_help_panel=_MODEL),
-]
-Heads = Annotated[
-    int | None,
-    typer.Option("--heads", min=1, help="Attention heads.", rich_help_panel=_MODEL),
-]
-QueryGroups = Annotated[
-    int | None,
-    typer.Option(
-        "--query-groups",
-        min=1,
-        help="Key and value heads. [default: --heads]",
-        rich_help_panel=_MODEL,
-    ),
-]
-FfnHiddenSize = Annotated[
-    int | None,
-    typer.Option(
-        "--ffn-hidden-size",
-        min=1,
-        help="Width of the MLP. [default: 4 x --hidden-size]",
-        rich_help_panel=_MODEL,
-    ),
-]
-MicroBatchSize = Annotated[
-    int,
-    typer.Option(
-        "--micro-batch-size", min=1, help="Sequences of a micro-batch.", rich_help_panel=_MODEL
-    ),
-]
-BalanceMethod = Annotated[
-    BalanceName,
-    typer.Option(
-        "--balance-method",
-        help="Cut a sequence evenly in tokens (average) or in computation (uniform_comp).",
-        rich_help_panel=_MODEL,
-    ),
-]
-Multiple = Annotated[
-    int,
-    typer.Option(
-        "--multiple",
-        min=1,
-        help="Every sub-sequence is a multiple of so many tokens.",
-        rich_help_panel=_MODEL,
     ),
 ]
 BackwardRatio = Annotated[
@@ -130,26 +47,26 @@ BackwardRatio = Annotated[
     typer.Option(
         "--backward-ratio",
         min=0.01,
-        help="Time of a backward over that of its forward.",
+        help="Time of a backward over that of its forward, where no GPU is named.",
         rich_help_panel=_DEVICE,
     ),
 ]
 Tflops = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--tflops",
         min=1e-6,
-        help="TFLOP/s that a stage reaches on the model.",
+        help="TFLOP/s that a stage reaches on the model, instead of a GPU's kernel curves.",
         rich_help_panel=_DEVICE,
     ),
 ]
 Latency = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--latency",
         min=0.0,
         help="From a stage to the next: in seconds with a model or trace, else in forwards of a "
-        "stage on one micro-batch.",
+        "stage on one micro-batch. [default: the GPU's, or 0]",
         rich_help_panel=_DEVICE,
     ),
 ]
@@ -158,7 +75,7 @@ Bandwidth = Annotated[
     typer.Option(
         "--bandwidth",
         min=1e-6,
-        help="GB/s from a stage to the next; needs a model. [default: no limit]",
+        help="GB/s from a stage to the next; needs a model. [default: the GPU's, or no limit]",
         rich_help_panel=_DEVICE,
     ),
 ]

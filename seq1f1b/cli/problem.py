@@ -1,11 +1,19 @@
 """From flags to what is to be simulated; every combination that makes no sense has its error."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from seq1f1b.cli.options import BalanceName, flag_error
-from seq1f1b.cli.source import EqualCosts, ModelCosts, Source, TraceCosts
+from seq1f1b.cli.megatron import or_exit
+from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.source import EqualCosts, SettingCosts, Source, TraceCosts
+from seq1f1b.planner.arguments import options
 from seq1f1b.planner.catalogue import ScheduleName, by_shape, make
+from seq1f1b.planner.command_line import Given
+from seq1f1b.planner.gpu import gpu as load_gpu
+from seq1f1b.planner.resolve import resolve
+from seq1f1b.planner.time import Kernels
 from seq1f1b.schedule import Schedule
 from seq1f1b.simulate import CostError, Simulation, greedy, memory_over_time, simulate
 from seq1f1b.timeline import Span, Timeline
@@ -19,6 +27,11 @@ class Shape:
     chunks: int
     micro_batches: int
     splits: int
+
+    @property
+    def num_actions(self) -> int:
+        """Forwards and backwards of a step, on all stages."""
+        return 2 * self.stages * self.chunks * self.micro_batches * self.splits
 
     def generate(
         self, source: Source, name: ScheduleName, group: int | None, max_live: int | None
@@ -61,71 +74,117 @@ class Shape:
             raise flag_error("--max-live", str(error)) from None
 
 
+_SHAPE = (
+    "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "seq1f1b_splits",
+    "seq1f1b_max_live",
+    "seq1f1b_schedule",
+)
+CHUNKS = (
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)
+"""Fields that say how many model chunks a stage has."""
+ASSUMED_GPU = "a100-80g"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs: a GPU by name, or a stage that reaches ``tflops``, and links."""
+
+    gpu: str | None
+    num_gpus: int | None
+    gpus_per_node: int | None
+    tflops: float | None
+    backward_ratio: float
+    latency: float | None
+    bandwidth: float | None
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The GPU that is named, or assumed where no rate is given."""
+        return self.gpu or (None if self.tflops else ASSUMED_GPU)
+
+    def kernels(self) -> Kernels | None:
+        """Return the GPU's curves; None where a stage's rate is given."""
+        if self.gpu is not None and self.tflops is not None:
+            raise flag_error("--tflops", "a GPU has its own rates; leave out --tflops or --gpu")
+        name = self.gpu_name
+        if name is None:
+            return None
+        return Kernels(or_exit(lambda: load_gpu(name)), self.gpus_per_node)
+
+
 def make_source(
-    *,
-    trace: Path | None,
-    seq_length: int | None,
-    hidden_size: int | None,
-    layers: int | None,
-    heads: int | None,
-    query_groups: int | None,
-    ffn_hidden_size: int | None,
-    micro_batch_size: int,
-    balance_method: BalanceName,
-    multiple: int,
-    backward_ratio: float,
-    tflops: float,
-    latency: float,
-    bandwidth: float | None,
+    given: Given, micro_batches: int | None, trace: Path | None, device: Device
 ) -> Source:
-    """Choose where costs come from by which flags are given."""
-    model = {
-        "--seq-length": seq_length,
-        "--hidden-size": hidden_size,
-        "--layers": layers,
-        "--heads": heads,
-    }
-    given = [flag for flag, value in model.items() if value is not None]
+    """Choose where costs come from: a trace, a model, or equal actions."""
+    model = [name for name in given.values if name not in _SHAPE]
+    flags = {option.name: option.flags[0] for option in options()}
     if trace is not None:
-        if given:
-            raise flag_error(given[0], "a trace has its own costs; leave out the model or --trace")
-        if bandwidth is not None:
+        if model:
+            flag = flags[model[0]]
+            raise flag_error(flag, "a trace has its own costs; leave out the model or --trace")
+        if device.bandwidth is not None:
             raise flag_error("--bandwidth", "the size of a trace's tensors is not known")
-        return TraceCosts.read(trace, latency)
-    if seq_length and hidden_size and layers and heads:
-        return ModelCosts(
-            seq_length=seq_length,
-            hidden_size=hidden_size,
-            layers=layers,
-            heads=heads,
-            query_groups=query_groups,
-            ffn_hidden_size=ffn_hidden_size,
-            micro_batch_size=micro_batch_size,
-            balance_method=balance_method,
-            multiple=multiple,
-            backward_ratio=backward_ratio,
-            tflops=tflops,
-            latency=latency,
-            bandwidth=bandwidth,
-        )
-    if given:
-        missing = [flag for flag, value in model.items() if value is None]
-        raise flag_error(given[0], f"a model needs {', '.join(missing)} too")
-    if bandwidth is not None:
-        raise flag_error("--bandwidth", f"needs a model: {', '.join(model)}")
-    if balance_method is BalanceName.uniform_comp:
-        raise flag_error("--balance-method", f"uniform_comp needs a model: {', '.join(model)}")
-    return EqualCosts(backward_ratio, latency)
+        _refuse_device(device, "a trace has its own costs")
+        return TraceCosts.read(trace, device.latency or 0.0)
+    if not model:
+        if device.bandwidth is not None:
+            raise flag_error("--bandwidth", "needs a model: --model, or Megatron's options")
+        _refuse_device(device, "needs a model: --model, or Megatron's options")
+        return EqualCosts(device.backward_ratio, device.latency or 0.0)
+    values = dict(given.values)
+    kernels = device.kernels()
+    if kernels is not None and kernels.gpu.runtime == "cpu":
+        values = {"bf16": False} | values
+    if micro_batches is not None:
+        rows = (values.get("micro_batch_size") or 1) * _data_parallel(values, device.num_gpus)
+        values["global_batch_size"] = micro_batches * rows
+    # refuses what is wrong with the model before any schedule is made
+    one = values | {"seq1f1b_splits": None, "num_virtual_stages_per_pipeline_rank": None}
+    or_exit(lambda: resolve(one, num_gpus=device.num_gpus))
+    return SettingCosts(
+        values,
+        device.num_gpus,
+        kernels,
+        device.tflops or 0.0,
+        device.backward_ratio,
+        device.latency,
+        device.bandwidth,
+    )
+
+
+def _refuse_device(device: Device, why: str) -> None:
+    for flag, value in (("--gpu", device.gpu), ("--gpus", device.num_gpus)):
+        if value is not None:
+            raise flag_error(flag, why)
+
+
+def _data_parallel(values: Mapping[str, Any], num_gpus: int | None) -> int:
+    ranks = 1
+    for name in (
+        "tensor_model_parallel_size",
+        "context_parallel_size",
+        "pipeline_model_parallel_size",
+    ):
+        ranks *= values.get(name) or 1
+    return max(1, (num_gpus or ranks) // ranks)
 
 
 def make_shape(
-    source: Source,
-    stages: int | None,
-    chunks: int | None,
-    micro_batches: int | None,
-    splits: int | None,
+    source: Source, given: Given, micro_batches: int | None, splits: int | None = None
 ) -> Shape:
     """Take what is given, from the trace what is not, and 1 for chunks and splits without one."""
+    values = given.values
+    stages = values.get("pipeline_model_parallel_size")
+    chunks = values.get("num_virtual_stages_per_pipeline_rank")
+    splits = splits or values.get("seq1f1b_splits")
+    for flag, number in (("--stages", stages), ("--chunks", chunks), ("--splits", splits)):
+        if number is not None and number < 1:
+            raise flag_error(flag, f"{number}: must be at least 1")
     own = source.schedule if isinstance(source, TraceCosts) else None
     if own is not None:
         if stages not in (None, own.num_stages):
@@ -138,6 +197,12 @@ def make_shape(
         )
     if stages is None:
         raise flag_error("--stages", "how many pipeline stages? Give it, or a --trace")
+    if isinstance(source, SettingCosts):
+        fixed, num_gpus = source.values, source.num_gpus
+        whole = or_exit(lambda: resolve({**fixed, "seq1f1b_splits": None}, num_gpus=num_gpus))
+        if micro_batches is None and fixed.get("global_batch_size") is None:
+            raise flag_error("--microbatches", "how many micro-batches? Or --global-batch-size")
+        return Shape(stages, whole.num_chunks, whole.num_micro_batches, splits or 1)
     if micro_batches is None:
         raise flag_error("--microbatches", "how many micro-batches? Give it, or a --trace")
     return Shape(stages, chunks or 1, micro_batches, splits or 1)

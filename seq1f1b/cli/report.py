@@ -5,8 +5,10 @@ from typing import Any
 
 from rich.console import Console
 
-from seq1f1b.cli.source import Source
+from seq1f1b.cli.source import SettingCosts, Source
 from seq1f1b.planner.catalogue import ScheduleName
+from seq1f1b.planner.command_line import Given
+from seq1f1b.planner.resolve import resolve
 from seq1f1b.schedule import Kind, Schedule
 from seq1f1b.simulate import Simulation, formulas, peak_memory
 
@@ -48,6 +50,39 @@ def _in_theory(source: Source, schedule: Schedule) -> float | None:
             weight_gradient=costs.total(Kind.W),
         )
     return formulas.bubble_ratio(schedule.num_stages, schedule.num_chunks, *sizes)
+
+
+def notes(source: Source, given: Given) -> dict[str, Any]:
+    """Return what was assumed of a model, and which options have no effect here."""
+    if not isinstance(source, SettingCosts):
+        return {}
+    assumed = resolve(source.values, num_gpus=source.num_gpus).assumed
+    return {"assumed": list(assumed), "without_effect": list(given.ignored)}
+
+
+def print_notes(source: Source, given: Given) -> None:
+    """Print what memory leaves out, what was assumed, and which options have no effect here."""
+    out = console()
+    if isinstance(source, SettingCosts):
+        rates = f"{source.tflops:g} TFLOP/s a stage, for short sub-sequences as for long ones"
+        if source.kernels is not None:
+            rates = f"kernel curves of {source.kernels.gpu.title}"
+        out.print(f"times: {rates}", style="dim")
+        out.print(
+            "memory leaves out weights, optimizer and temporaries: seq1f1b memory has them",
+            style="dim",
+        )
+        assumed = resolve(source.values, num_gpus=source.num_gpus).assumed
+        if assumed:
+            out.print(f"assumed: {'; '.join(assumed)}", style="dim")
+        if given.ignored:
+            out.print(f"without effect here: {', '.join(given.ignored)}", style="dim")
+    elif not source.seconds:
+        out.print(
+            "all actions alike: short sub-sequences look better than they are; name a --model and "
+            "a --gpu",
+            style="dim",
+        )
 
 
 def console() -> Console:

@@ -1,13 +1,20 @@
 """Where a command takes costs from: equal actions, a model's arithmetic, or a trace."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from seq1f1b.cli.options import BalanceName, flag_error
+from seq1f1b.cli.options import flag_error
+from seq1f1b.planner.catalogue import ScheduleName
+from seq1f1b.planner.chunks import chunk_memory, chunk_operations
+from seq1f1b.planner.resolve import resolve
+from seq1f1b.planner.runtime import Runtime, runtime
+from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.time import Kernels, action_costs, stage_link
 from seq1f1b.schedule import Schedule, ScheduleError, validate
-from seq1f1b.sequence import PartitionError, TokenCost, partition
 from seq1f1b.simulate import Costs, Link, Memory
+from seq1f1b.simulate.memory import ByChunk
 from seq1f1b.timeline import Timeline, TraceError, read_trace
 
 
@@ -32,7 +39,7 @@ class Source(Protocol):
         """Return what transfers cost."""
         ...
 
-    def memory(self, schedule: Schedule) -> Memory:
+    def memory(self, schedule: Schedule) -> Memory | ByChunk:
         """Return what a sub-sequence holds."""
         ...
 
@@ -60,89 +67,68 @@ class EqualCosts:
 
 
 @dataclass(frozen=True)
-class ModelCosts:
-    """A GPT's matrix products, at so many TFLOP/s a stage."""
+class SettingCosts:
+    """A model spread over stages as Megatron's options say: each chunk's own time and memory.
 
-    seq_length: int
-    hidden_size: int
-    layers: int
-    heads: int
-    query_groups: int | None
-    ffn_hidden_size: int | None
-    micro_batch_size: int
-    balance_method: BalanceName
-    multiple: int
-    backward_ratio: float
+    values: fields of ``Arguments``. kernels: a GPU's curves; None where a stage reaches ``tflops``
+    whatever it computes. latency, bandwidth: instead of the GPU's.
+    """
+
+    values: Mapping[str, Any]
+    num_gpus: int | None
+    kernels: Kernels | None
     tflops: float
-    latency: float
+    backward_ratio: float
+    latency: float | None
     bandwidth: float | None
     seconds: bool = True
     memory_unit: str = "bytes"
 
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.heads:
-            raise flag_error("--heads", f"{self.hidden_size} is not a multiple of {self.heads}")
-        if self.query_groups and self.heads % self.query_groups:
-            raise flag_error(
-                "--query-groups", f"{self.heads} heads cannot share {self.query_groups} groups"
-            )
-
     @property
-    def _cost(self) -> TokenCost:
-        return TokenCost.of_transformer(
-            num_layers=self.layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.heads,
-            num_query_groups=self.query_groups,
-            ffn_hidden_size=self.ffn_hidden_size,
-        )
+    def profile(self) -> Runtime:
+        """The runtime whose tensors are kept."""
+        return runtime(self.kernels.gpu.runtime if self.kernels else "current")
 
-    def lengths(self, num_splits: int) -> tuple[int, ...]:
-        """Cut the sequence."""
-        try:
-            return partition(
-                self.seq_length,
-                num_splits,
-                method=self.balance_method.value,
-                cost=self._cost,
-                multiple=self.multiple,
-            )
-        except PartitionError as error:
-            raise flag_error("--seq-length", str(error)) from None
+    def setting(self, schedule: Schedule) -> Setting:
+        """Return the setting with the schedule's shape; raises SettingError, as Megatron does."""
+        values = dict(self.values)
+        values["seq1f1b_splits"] = schedule.num_splits
+        laid_out = values.get("pipeline_model_parallel_layout") is not None
+        if not laid_out and values.get("num_layers_per_virtual_pipeline_stage") is None:
+            chunks = schedule.num_chunks
+            values["num_virtual_stages_per_pipeline_rank"] = chunks if chunks > 1 else None
+        name = ScheduleName(schedule.name) if schedule.name in ScheduleName else None
+        return resolve(values, num_gpus=self.num_gpus, schedule=name)
 
     def costs(self, schedule: Schedule) -> Costs:
         """See Source."""
-        return Costs.of_tokens(
-            schedule,
-            self._cost,
-            self.lengths(schedule.num_splits),
-            flops_per_second=self.tflops * 1e12 / self.micro_batch_size,
+        setting = self.setting(schedule)
+        if self.kernels is not None:
+            return action_costs(setting, self.kernels, self.profile)
+        return Costs.of_chunks(
+            chunk_operations(setting),
+            setting.lengths,
+            flops_per_second=self.tflops * 1e12 / setting.micro_batch_size,
             backward_ratio=self.backward_ratio,
         )
 
     def link(self, schedule: Schedule) -> Link:
-        """See Source: tensors are [n, b, hidden] in 16 bits."""
-        if self.bandwidth is None:
-            return Link(latency=self.latency)
-        lengths = self.lengths(schedule.num_splits)
-        token_bytes = 2 * self.micro_batch_size * self.hidden_size
+        """See Source: tensors are [n, b, hidden], shared out by tensor and context parallelism."""
+        setting = self.setting(schedule)
+        token = setting.model.hidden * setting.element_bytes
+        token //= setting.tensor if setting.sequence_parallel else 1
+        own = stage_link(setting, self.kernels) if self.kernels is not None else Link()
         return Link(
-            latency=self.latency,
-            bandwidth=self.bandwidth * 1e9,
-            tensor_bytes=tuple(float(length * token_bytes) for length in lengths),
+            latency=own.latency if self.latency is None else self.latency,
+            bandwidth=own.bandwidth if self.bandwidth is None else self.bandwidth * 1e9,
+            tensor_bytes=tuple(
+                float(setting.tokens(part) * token) for part in range(setting.num_splits)
+            ),
         )
 
-    def memory(self, schedule: Schedule) -> Memory:
+    def memory(self, schedule: Schedule) -> ByChunk:
         """See Source."""
-        head = self.hidden_size // self.heads
-        return Memory.of_transformer(
-            schedule,
-            self.lengths(schedule.num_splits),
-            num_layers=self.layers,
-            hidden_size=self.hidden_size,
-            kv_size=(self.query_groups or self.heads) * head,
-            batch_size=self.micro_batch_size,
-        )
+        return chunk_memory(self.setting(schedule), self.profile)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from seq1f1b.cli import options
-from seq1f1b.cli.options import BalanceName, flag_error
-from seq1f1b.cli.problem import as_timeline, make_schedule, make_shape, make_source, run
+from seq1f1b.cli import megatron, options
+from seq1f1b.cli.megatron import read_given
+from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.problem import Device, as_timeline, make_schedule, make_shape, make_source, run
 from seq1f1b.cli.source import TraceCosts
 from seq1f1b.timeline import Timeline, chrome_trace, html_page, text_grid
 
@@ -35,50 +36,34 @@ Width = Annotated[
 
 
 def timeline(
-    stages: options.Stages = None,
-    chunks: options.Chunks = None,
+    ctx: typer.Context,
+    model: megatron.Model = None,
+    gpu: megatron.GpuName = None,
+    gpus: megatron.Gpus = None,
+    gpus_per_node: megatron.GpusPerNode = None,
     microbatches: options.MicroBatches = None,
-    splits: options.Splits = None,
     schedule: options.ScheduleOption = None,
     group: options.Group = None,
-    max_live: options.MaxLive = None,
     output: Output = None,
     width: Width = None,
-    seq_length: options.SeqLength = None,
-    hidden_size: options.HiddenSize = None,
-    layers: options.Layers = None,
-    heads: options.Heads = None,
-    query_groups: options.QueryGroups = None,
-    ffn_hidden_size: options.FfnHiddenSize = None,
-    micro_batch_size: options.MicroBatchSize = 1,
-    balance_method: options.BalanceMethod = BalanceName.average,
-    multiple: options.Multiple = 1,
     backward_ratio: options.BackwardRatio = 2.0,
-    tflops: options.Tflops = 100.0,
-    latency: options.Latency = 0.0,
+    tflops: options.Tflops = None,
+    latency: options.Latency = None,
     bandwidth: options.Bandwidth = None,
     trace: options.Trace = None,
 ) -> None:
-    """Draw a schedule; with --trace what was measured, and the plan on the same axis."""
+    """Draw a schedule; with --trace what was measured, and the plan on the same axis.
+
+    Costs are those of a model on a GPU (Megatron's options, or --model), of a trace, or equal for
+    all stages and sub-sequences.
+    """
     if output is not None and output.suffix not in ENDINGS:
         raise flag_error("--output", f"{output} must end in one of {', '.join(ENDINGS)}")
-    source = make_source(
-        trace=trace,
-        seq_length=seq_length,
-        hidden_size=hidden_size,
-        layers=layers,
-        heads=heads,
-        query_groups=query_groups,
-        ffn_hidden_size=ffn_hidden_size,
-        micro_batch_size=micro_batch_size,
-        balance_method=balance_method,
-        multiple=multiple,
-        backward_ratio=backward_ratio,
-        tflops=tflops,
-        latency=latency,
-        bandwidth=bandwidth,
-    )
-    shape = make_shape(source, stages, chunks, microbatches, splits)
+    given = read_given(ctx.args, model)
+    device = Device(gpu, gpus, gpus_per_node, tflops, backward_ratio, latency, bandwidth)
+    source = make_source(given, microbatches, trace, device)
+    shape = make_shape(source, given, microbatches)
+    max_live = given.values.get("seq1f1b_max_live")
     result = run(source, make_schedule(source, shape, schedule, group, max_live))
     timelines = [as_timeline(source, result)]
     if isinstance(source, TraceCosts):

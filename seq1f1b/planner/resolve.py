@@ -50,6 +50,8 @@ def _with_defaults(values: Mapping[str, Any], assumed: list[str]) -> Arguments:
     if a.vocab_size is None and a.padded_vocab_size is None:
         a = replace(a, vocab_size=GPT2_VOCABULARY)
         assumed.append(f"--vocab-size {GPT2_VOCABULARY} (GPT-2's)")
+    if "num_query_groups" in values and not a.group_query_attention:
+        assumed.append("as many key heads as heads: no --group-query-attention")
     if a.max_position_embeddings is None:
         a = replace(a, max_position_embeddings=a.seq_length)
         assumed.append("--max-position-embeddings as --seq-length")

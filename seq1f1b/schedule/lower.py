@@ -3,16 +3,31 @@
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.edges import Event, dependencies, event
 from seq1f1b.schedule.schedule import Schedule
 from seq1f1b.schedule.validate import validate
 
-_DURATION = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
+
+class ActionCosts(Protocol):
+    """How long every computation takes, as ``seq1f1b.simulate.Costs`` has it."""
+
+    def of(self, stage: int, action: Action) -> float:
+        """Return how long ``action`` takes on ``stage``."""
+        ...
 
 
-def lower(schedule: Schedule) -> Schedule:
+class _Textbook:
+    """All forwards alike, and backwards twice as long."""
+
+    def of(self, stage: int, action: Action) -> float:
+        """See ActionCosts."""
+        return 2.0 if action.kind is Kind.B else 1.0
+
+
+def lower(schedule: Schedule, costs: ActionCosts | None = None) -> Schedule:
     """Return ``schedule`` with its communication written out.
 
     A tensor is sent as soon as it is computed. A receive is announced one computation before the
@@ -25,7 +40,7 @@ def lower(schedule: Schedule) -> Schedule:
     """
     if schedule.lowered:
         return schedule
-    finish = _finish_times(schedule)
+    finish = _finish_times(schedule, costs or _Textbook())
     stages = tuple(
         tuple(_with_communication(schedule, stage, finish)) for stage in range(schedule.num_stages)
     )
@@ -33,7 +48,7 @@ def lower(schedule: Schedule) -> Schedule:
 
 
 def _with_communication(
-    schedule: Schedule, stage: int, finish: dict[Event, int]
+    schedule: Schedule, stage: int, finish: dict[Event, float]
 ) -> Iterator[Action]:
     actions = schedule.stages[stage]
     receives = _receives(schedule, stage, finish)
@@ -46,12 +61,12 @@ def _with_communication(
 
 
 def _receives(
-    schedule: Schedule, stage: int, finish: dict[Event, int]
+    schedule: Schedule, stage: int, finish: dict[Event, float]
 ) -> Sequence[Sequence[Action]]:
     """Return the receives to announce before each computation, in the order of their arrival."""
     actions = schedule.stages[stage]
     free_from = [0, *(finish[event(stage, action)] for action in actions)]
-    links: dict[tuple[int, Kind], list[tuple[int, int, Action]]] = defaultdict(list)
+    links: dict[tuple[int, Kind], list[tuple[float, int, Action]]] = defaultdict(list)
     for step, action in enumerate(actions):
         receive = _receive(schedule, stage, action)
         if receive is None:
@@ -60,7 +75,7 @@ def _receives(
         arrival = finish[source, sent.of_kind(Kind.F if action.kind is Kind.F else Kind.B)]
         slot = min(max(step - 1, 0), bisect_right(free_from, arrival) - 1)
         links[source, sent.kind].append((arrival, slot, receive))
-    announced: list[list[tuple[int, Action]]] = [[] for _ in free_from]
+    announced: list[list[tuple[float, Action]]] = [[] for _ in free_from]
     for transfers in links.values():
         # what is used before an earlier arrival of its link must not be announced before it
         latest = len(actions)
@@ -87,10 +102,10 @@ def _send(schedule: Schedule, stage: int, action: Action) -> Action | None:
     return None
 
 
-def _finish_times(schedule: Schedule) -> dict[Event, int]:
+def _finish_times(schedule: Schedule, costs: ActionCosts) -> dict[Event, float]:
     """Return when each computation ends if transfers take no time."""
-    finish: dict[Event, int] = {}
-    free_from = [0] * schedule.num_stages
+    finish: dict[Event, float] = {}
+    free_from = [0.0] * schedule.num_stages
     steps = [0] * schedule.num_stages
     progress = True
     while progress:
@@ -102,7 +117,7 @@ def _finish_times(schedule: Schedule) -> dict[Event, int]:
                 if not all(need in finish for need in needed):
                     break
                 start = max([free_from[stage], *(finish[need] for need in needed)])
-                free_from[stage] = start + _DURATION[action.kind]
+                free_from[stage] = start + costs.of(stage, action)
                 finish[event(stage, action)] = free_from[stage]
                 steps[stage] += 1
                 progress = True

@@ -79,6 +79,35 @@ class Costs:
         return cls.of_forwards(schedule, forwards, weights, backward_ratio=backward_ratio)
 
     @classmethod
+    def of_chunks(
+        cls,
+        stages: Sequence[Sequence[TokenCost]],
+        lengths: Sequence[int],
+        *,
+        flops_per_second: float,
+        backward_ratio: float = 2.0,
+    ) -> "Costs":
+        """Cost every stage's model chunks by what each of them computes.
+
+        ``stages`` has for each stage the operations of its chunks: their own layers, and the output
+        layer in the last. ``lengths`` are those of sub-sequences.
+        """
+        parts = sub_sequences(lengths)
+        every: list[Mapping[Part, float]] = []
+        for chunks in stages:
+            times: dict[Part, float] = {}
+            for chunk, cost in enumerate(chunks):
+                for part in parts:
+                    forward = cost.of(part.start, part.stop) / flops_per_second
+                    backward = forward * backward_ratio
+                    weight = cost.linear * part.length / flops_per_second * backward_ratio / 2
+                    each = (forward, backward, backward - weight, weight)
+                    for kind, seconds in zip(_COMPUTE, each, strict=True):
+                        times[kind, chunk, part.index] = seconds
+            every.append(times)
+        return cls(tuple(every))
+
+    @classmethod
     def of_forwards(
         cls,
         schedule: Schedule,

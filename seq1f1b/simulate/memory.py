@@ -59,30 +59,43 @@ class Memory:
         )
 
 
+ByChunk = Sequence[Sequence[Memory]]
+"""For each stage the memory of each of its model chunks."""
+
+
 def memory_over_time(
-    simulation: Simulation, memory: Memory
+    simulation: Simulation, memory: Memory | ByChunk
 ) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """Return per stage the moments when memory changes, each with what is held from then on."""
+    """Return per stage the moments when memory changes, each with what is held from then on.
+
+    ``memory`` is that of every model chunk, or of each.
+    """
     return tuple(
         tuple(_curve(_changes(simulation, stage, memory)))
         for stage in range(simulation.schedule.num_stages)
     )
 
 
-def peak_memory(simulation: Simulation, memory: Memory) -> tuple[float, ...]:
+def peak_memory(simulation: Simulation, memory: Memory | ByChunk) -> tuple[float, ...]:
     """Return the most that every stage holds at once."""
     return tuple(max(held for _, held in curve) for curve in memory_over_time(simulation, memory))
 
 
-def _changes(simulation: Simulation, stage: int, memory: Memory) -> Iterator[tuple[float, float]]:
+def _changes(
+    simulation: Simulation, stage: int, memory: Memory | ByChunk
+) -> Iterator[tuple[float, float]]:
     """Yield when memory changes, and by how much."""
+    num_chunks = simulation.schedule.num_chunks
+    chunks = [memory] * num_chunks if isinstance(memory, Memory) else memory[stage]
     actions = simulation.schedule.stages[stage]
     last = simulation.schedule.num_splits - 1
     trains = any(action.kind in (Kind.B, Kind.I) for action in actions)
     split = {action[1:] for action in actions if action.kind is Kind.W}
     spans = zip(actions, simulation.starts[stage], simulation.ends[stage], strict=True)
     for action, start, end in spans:
-        taken, freed = _taken_and_freed(action, memory, last, trains, action[1:] in split)
+        taken, freed = _taken_and_freed(
+            action, chunks[action.chunk], last, trains, action[1:] in split
+        )
         if taken:
             yield start, taken
         if freed:
