@@ -1,0 +1,1 @@
+"""Compare a model on one process with the same model on a group of ranks."""
