@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron.adaptor.patches import Patch
+from seq1f1b.runtime import LinkError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _MAY_DIFFER = frozenset(
 )
 _LOST_PEER = re.compile(
     r"connection (?:closed|reset)|broken pipe|timed out waiting|socket timeout|"
-    r"remote process exited|nccl communicator was aborted|peer",
+    r"remote process exited|communicator was aborted",
     re.IGNORECASE,
 )
 
@@ -138,11 +139,11 @@ def check_same(own: dict[str, str], group: Any = None) -> None:
         for rank, theirs in enumerate(by_rank):
             value = theirs.get(name, of_first[0].get(name, absent))
             by_value.setdefault(value, []).append(rank)
-        values = "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in by_value.items())
-        lines.append(f"  - {_as_flag(name)}: {values}")
+        values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in by_value.items())
+        lines.append(f"{_as_flag(name)} is {values}")
     raise RanksDifferError(
-        "the ranks of this job were not started alike; give all of them the same:\n"
-        + "\n".join(lines)
+        f"the ranks of this job were not started alike: {'; '.join(lines)}. Start all of them with "
+        "the same"
     )
 
 
@@ -181,9 +182,15 @@ def _digest_of_code() -> str:
     return f"sha256 {digest.hexdigest()[:12]}"
 
 
-def _follows_from_another(error: BaseException) -> bool:
+def _follows_from_another(error: BaseException | None) -> bool:
     """Whether an error only tells that the other end of a connection is gone."""
-    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+    while error is not None:
+        if isinstance(error, LinkError | dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,10 @@ from torch import Tensor
 from seq1f1b.schedule import Action, Kind, Schedule
 
 
+class LinkError(RuntimeError):
+    """An exchange with another rank failed; the message names the rank."""
+
+
 class Pending(Protocol):
     """A tensor on its way."""
 
@@ -76,7 +80,7 @@ class PointToPoint:
         self._shape = shape
         self._dtype = dtype
         self._device = device
-        self._leaving: list[tuple[dist.Work, Tensor]] = []
+        self._leaving: list[tuple[dist.Work, Tensor, int]] = []
 
     def receive(self, action: Action) -> "_Arriving":
         """See Transport."""
@@ -84,21 +88,21 @@ class PointToPoint:
         rank, group, tag = self._route(action)
         work = dist.irecv(buffer, rank, group=group, tag=tag)
         assert work is not None, "this rank is not in its own pipeline's process group"
-        return _Arriving(work, buffer, self._device)
+        return _Arriving(work, buffer, self._device, rank)
 
     def send(self, action: Action, tensor: Tensor) -> None:
         """See Transport."""
-        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
+        self._leaving = [entry for entry in self._leaving if not entry[0].is_completed()]
         kept = self._outgoing(tensor.detach())
         rank, group, tag = self._route(action)
         work = dist.isend(kept, rank, group=group, tag=tag)
         assert work is not None, "this rank is not in its own pipeline's process group"
-        self._leaving.append((work, kept))
+        self._leaving.append((work, kept, rank))
 
     def finish(self) -> None:
         """See Transport."""
-        for work, _ in self._leaving:
-            work.wait()
+        for work, _, rank in self._leaving:
+            _wait(work, f"send to rank {rank}")
         self._leaving.clear()
 
     def _buffer(self, shape: tuple[int, ...]) -> Tensor:
@@ -166,11 +170,22 @@ def connect(
 
 
 class _Arriving:
-    def __init__(self, work: dist.Work, buffer: Tensor, device: torch.device | str) -> None:
+    def __init__(
+        self, work: dist.Work, buffer: Tensor, device: torch.device | str, rank: int
+    ) -> None:
         self._work = work
         self._buffer = buffer
         self._device = device
+        self._rank = rank
 
     def wait(self) -> Tensor:
-        self._work.wait()
+        _wait(self._work, f"receive from rank {self._rank}")
         return self._buffer.to(self._device, non_blocking=True)
+
+
+def _wait(work: dist.Work, exchange: str) -> None:
+    """Wait for an exchange; raises LinkError, which names it, when it fails."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise LinkError(f"the {exchange} failed: {error}") from error

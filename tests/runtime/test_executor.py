@@ -59,6 +59,54 @@ def test_a_backward_left_out_leaks_and_is_noticed():
         run(one_f_one_b(1, 2, 3), forget=Action.parse("0B1.0"))
 
 
+def split_backwards(schedule):
+    """Return the schedule with every B as an I and, at the end, its W."""
+    (actions,) = schedule.stages
+    inputs = [a.of_kind(Kind.I) if a.kind is Kind.B else a for a in actions]
+    weights = [a.of_kind(Kind.W) for a in actions if a.kind is Kind.B]
+    return schedule.with_stages(((*inputs, *weights),), lowered=False)
+
+
+def test_a_weight_gradient_left_out_is_noticed():
+    with pytest.raises(AssertionError, match=r"weight gradients never computed: 0W1\.0"):
+        run(split_backwards(one_f_one_b(1, 2, 3)), forget=Action.parse("0W1.0"))
+
+
+def test_a_carry_that_is_never_released_is_noticed(monkeypatch):
+    release = ExecutionContext.release_carry
+
+    def forgetful(context, action):
+        if action.micro_batch == 0:
+            release(context, action)
+
+    monkeypatch.setattr(ExecutionContext, "release_carry", forgetful)
+    with pytest.raises(AssertionError, match=r"KV carry of .*0, 1.* never released"):
+        run(one_f_one_b(1, 2, 3))
+
+
+def test_after_a_failed_step_the_context_is_as_before():
+    data = micro_batches(2, sum(LENGTHS))
+    parts = [sub_sequences(LENGTHS)] * len(data)
+    context = ExecutionContext()
+    part = ModelPart(0, 1, sum(LENGTHS), context)
+    computation = TinyComputation([part], data, parts, context)
+    actions = split_backwards(one_f_one_b(1, 2, 3)).stages[0]
+
+    def step(until=None):
+        clock = ActionClock()
+        execute(actions[:until], computation, NoLink(), context, parts, clock, stage=0)
+
+    step()
+    expected = [parameter.grad.clone() for parameter in part.parameters()]
+    part.zero_grad()
+    with pytest.raises(AssertionError, match=r"after the step|never"):
+        step(until=len(actions) - 3)
+    part.zero_grad()
+    step()
+    for parameter, gradient in zip(part.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+
+
 def test_evaluation_gives_the_carry_back():
     context, _ = run(forward_only(1, 1, 3, 3))
     assert context.carries.bytes_in_use == 0

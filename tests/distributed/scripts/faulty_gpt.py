@@ -1,0 +1,103 @@
+"""``plain_gpt.py`` on which a fault befalls one rank: FAULT=KIND:RANK:ITERATION in the environment.
+
+KIND: kill (SIGKILL), stop (SIGSTOP), leave (exit code 0), memory (no memory left), worker (its data
+worker is killed), end (its data end), or an action's kind: F, B, I, W, SEND_F, RECV_B and so on.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import plain_gpt
+from megatron.core.enums import ModelType
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+KIND, RANK, ITERATION = os.environ.get("FAULT", "none:-1:-1").split(":")
+
+
+def is_time():
+    is_iteration = getattr(get_args(), "curr_iteration", -1) + 1 == int(ITERATION)
+    return is_iteration and torch.distributed.get_rank() == int(RANK)
+
+
+def befall():
+    if KIND == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif KIND == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif KIND == "leave":
+        sys.exit(0)
+    elif KIND == "memory":
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def forward_step(data_iterator, model):
+    if is_time():
+        befall()
+    return plain_gpt.forward_step(data_iterator, model)
+
+
+class Ending(plain_gpt.PeriodicText):
+    """Data whose worker dies, or that end, as the fault says."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() and index >= 3 * (int(ITERATION) - 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    sets = plain_gpt.datasets_provider(num_samples, vp_stage)
+    if KIND == "worker" and torch.distributed.get_rank() == int(RANK):
+        sets[0].__class__ = Ending
+    if KIND == "end" and torch.distributed.get_rank() == int(RANK):
+        sets[0].num_samples = 3 * (int(ITERATION) - 1) + 1
+    return sets
+
+
+def fail_in_action():
+    """Let the executor raise in the second action of the kind, on the rank and iteration named."""
+    from seq1f1b.runtime import executor
+    from seq1f1b.schedule import Kind
+
+    kind = Kind(KIND)
+    init = executor._Run.__init__
+    seen = 0
+
+    def __init__(run, *args):
+        init(run, *args)
+        original = run.handlers[kind]
+
+        def handler(action):
+            nonlocal seen
+            if is_time():
+                seen += 1
+                if seen == 2:
+                    raise RuntimeError("cosmic ray")
+            original(action)
+
+        run.handlers[kind] = handler
+
+    executor._Run.__init__ = __init__
+
+
+if __name__ == "__main__":
+    if KIND.isupper():
+        fail_in_action()
+    if KIND == "settings" and os.environ["RANK"] == RANK:
+        sys.argv += ["--seq1f1b-balance-method", "average"]
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        plain_gpt.model_provider,
+    )
