@@ -1,7 +1,10 @@
 """What all tests share: one thread per process, no network, no display, GPUs optional."""
 
 import os
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch and the tokenizers are imported, and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,13 +27,43 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` on a machine without a CUDA device."""
+# Signals that a background job ignores. Programs that tests start would inherit that, but not a
+# handler, and tests send them these signals.
+for _signal in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, lambda *_: None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave ``long`` tests out unless asked for; skip ``gpu`` ones without a CUDA device."""
+    if not config.getoption("--all") and "long" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the minutes that each area of the tests took."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                area = "/".join(report.nodeid.split("::")[0].split("/")[:-1]) or "tests"
+                seconds[area] += report.duration
+    if sum(seconds.values()) < 60:
+        return
+    terminalreporter.section("minutes by area")
+    for area, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent / 60:6.1f}  {area}")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,19 @@
 
     python -m tests.mutants            # all of them, in copies of the checkout
 
-A mutant is a piece of text that occurs once in a file, what it becomes, and the tests that must fail.
+A mutant is a text that occurs once in a file, what it becomes, and the tests that fail then.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +170,15 @@ MUTANTS = (
 
 
 def find(mutant: Mutant) -> bool:
-    """Return whether the tests fail on a copy of the checkout with the fault in it."""
+    """Return whether the tests fail with the fault in the code, and pass without it."""
+    if not _pass(mutant.tests):
+        raise RuntimeError(f"{mutant.name}: pytest {mutant.tests} fails without the fault")
+    return not _pass(mutant.tests, mutant)
+
+
+@cache
+def _pass(tests: str, mutant: Mutant | None = None) -> bool:
+    """Run tests on a copy of the checkout, with a fault or without."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for entry in _COPIED:
@@ -177,10 +187,11 @@ def find(mutant: Mutant) -> bool:
                 shutil.copytree(source, copy / entry, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy / entry)
-        file = copy / mutant.file
-        file.write_text(file.read_text().replace(mutant.text, mutant.becomes))
+        if mutant is not None:
+            file = copy / mutant.file
+            file.write_text(file.read_text().replace(mutant.text, mutant.becomes))
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", *mutant.tests.split()],
+            [sys.executable, "-m", "pytest", "-q", "-x", *shlex.split(tests)],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,
@@ -188,8 +199,8 @@ def find(mutant: Mutant) -> bool:
             check=False,
         )
     if run.returncode not in (0, 1):
-        raise RuntimeError(f"{mutant.name}: pytest did not run:\n{run.stdout[-2000:]}")
-    return run.returncode == 1
+        raise RuntimeError(f"pytest {tests} did not run:\n{run.stdout[-2000:]}")
+    return run.returncode == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

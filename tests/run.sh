@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests, after setting up what they need.
-# Arguments go to pytest; paths are relative to the repository.
+# Runs the tests, after setting up what they need; with --all also those that take minutes.
+# Other arguments go to pytest; paths are relative to the repository.
 set -uo pipefail
 unset CDPATH PYTHONHOME
 

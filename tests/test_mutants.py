@@ -1,4 +1,4 @@
-"""The faults of tests/mutants.py are about code that is there; `python -m tests.mutants` runs them."""
+"""The faults of tests/mutants.py are about code that is there; `-m tests.mutants` runs them."""
 
 import pytest
 

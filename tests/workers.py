@@ -1,7 +1,9 @@
 """Worker ranks that stay alive from test to test, because importing Megatron takes seconds."""
 
+import ctypes
 import os
 import queue
+import signal
 import tempfile
 import time
 import traceback
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(AssertionError):
@@ -80,7 +84,15 @@ class WorkerPool:
             process.start()
 
 
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let Linux send this process a signal when the one that started it ends, in whatever way."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
 def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(

@@ -18,6 +18,8 @@ PLAIN = Namespace(
     nccl_ub=False,
     profile=False,
     use_pytorch_profiler=False,
+    use_persistent_ckpt_worker=False,
+    async_strategy="mcore",
 )
 DEMANDING = [
     ("transformer_impl", "transformer_engine", "--transformer-impl"),
@@ -28,6 +30,7 @@ DEMANDING = [
     ("cuda_graph_impl", "local", "--cuda-graph-impl"),
     ("nccl_ub", True, "--use-nccl-ub"),
     ("profile", True, "--profile"),
+    ("use_persistent_ckpt_worker", True, "--use-persistent-ckpt-worker"),
 ]
 
 

@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from tests.distributed.training_runs import train
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -51,7 +52,7 @@ def go_back(folder, iteration):
     return folder
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", mostly_long(RESUMED, default=["tensor parallelism"]))
 def test_1f1b_goes_on_as_seq1f1b(tmp_path, saved, name):
     checkpoint, uninterrupted = saved
     num_ranks, flags = RESUMED[name]
@@ -68,6 +69,30 @@ def test_seq1f1b_goes_on_as_1f1b_elsewhere(tmp_path, saved):
     assert losses(alone) == {k: pytest.approx(uninterrupted[k], rel=1e-5) for k in (5, 6)}
 
 
+RESHARDED = {
+    "as it was": (2, f"{STAGES} 2 --seq1f1b-splits 3"),
+    "more stages": (4, f"{STAGES} 4 --seq1f1b-splits 3"),
+    "tensor parallelism": (2, "--tensor-model-parallel-size 2 --seq1f1b-splits 3"),
+    "more replicas": (4, f"{STAGES} 2 --seq1f1b-splits 4"),
+    "virtual stages": (2, f"{STAGES} 2 --num-virtual-stages-per-pipeline-rank 2"),
+}
+
+
+@pytest.mark.long
+def test_a_distributed_optimizer_is_resharded(tmp_path):
+    """From uneven stages to any other layout, in the one format that can."""
+    flags = (*LONGER, "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+    uneven = shlex.split(f"{STAGES} 2 --decoder-first-pipeline-num-layers 1 --seq1f1b-splits 3")
+    whole = losses(train(tmp_path, 2, *flags, *uneven, "--save", tmp_path, "--save-interval", 3))
+    for name, (num_ranks, layout) in RESHARDED.items():
+        resumed = train(
+            tmp_path, num_ranks, *flags, "--load", go_back(tmp_path, 3), *shlex.split(layout)
+        )
+        expected = {k: pytest.approx(whole[k], rel=1e-5) for k in (4, 5, 6)}
+        assert losses(resumed) == expected, name
+
+
+@pytest.mark.long
 def test_random_numbers_and_a_distributed_optimizer_go_on(tmp_path):
     flags = (
         *LONGER,

@@ -16,6 +16,7 @@ from seq1f1b.runtime import (
 from seq1f1b.schedule import Schedule, gpipe, interleaved, lower, one_f_one_b, zb_h1
 from seq1f1b.sequence import partition, sub_sequences
 from seq1f1b.simulate import Costs, greedy
+from tests.selection import mostly_long
 from tests.tiny_model import (
     COST,
     HIDDEN,
@@ -80,7 +81,7 @@ def run_grid(num_stages: int, method: str) -> list[tuple[tuple[int, int], float,
 
 
 @pytest.mark.parametrize("method", ["average", "uniform_comp"])
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("num_stages", mostly_long([1, 2, 4], default=[1, 2]))
 def test_gradients_equal_single_process_autograd(workers, num_stages, method):
     for results in workers(num_stages).run(run_grid, num_stages, method):
         assert len(results) == 20
@@ -123,7 +124,7 @@ def run_greedy(num_stages: int) -> list[tuple[tuple[int, int, int], float, float
     return results
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("num_stages", mostly_long([2, 4], default=[2]))
 @pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_zb_h1, run_greedy, run_staged])
 def test_gradients_of_other_schedules(workers, num_stages, run):
     for results in workers(num_stages).run(run, num_stages, timeout=240):

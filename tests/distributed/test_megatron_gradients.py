@@ -7,13 +7,14 @@ import pytest
 
 from tests.distributed.gradient_checks import check
 from tests.distributed.megatron_model import Case
+from tests.selection import mostly_long
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("balance", ["average", "uniform_comp"])
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("balance", mostly_long(["average", "uniform_comp"], default=["average"]))
+@pytest.mark.parametrize("num_stages", mostly_long([1, 2, 4], default=[2]))
 def test_every_shape(workers, num_stages, balance):
     shapes = itertools.product((1, 2, 3, 5), (2, 3, 4, 7))
     check(workers, num_stages, [Case(num_stages, m, s, balance) for m, s in shapes])
@@ -34,8 +35,8 @@ def test_every_feature(workers, num_stages):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("kind", ["1f1b", "zb-h1", "greedy"])
+@pytest.mark.parametrize("num_stages", mostly_long([2, 4], default=[2]))
+@pytest.mark.parametrize("kind", mostly_long(["1f1b", "zb-h1", "greedy"], default=["zb-h1"]))
 def test_every_schedule(workers, num_stages, kind):
     chunks = (1,) if kind == "zb-h1" else (2,) if kind == "1f1b" else (1, 2)
     shapes = itertools.product((2, 3, 4, 8), (1, 2, 3, 4), chunks)
@@ -74,7 +75,7 @@ def test_experts_and_their_losses(workers):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("num_stages", mostly_long([1, 2, 4], default=[2]))
 def test_lengths_that_differ_between_micro_batches(workers, num_stages):
     plain = Case(num_stages, 4, 3, length=40, lengths=(17, 40, 12, 31))
     others = (

@@ -7,6 +7,7 @@ import pytest
 from tests.distributed.families import LATENT, LATENT_SPEC, LLAMA, RMS_NORM, full, selective
 from tests.distributed.gradient_checks import check
 from tests.distributed.megatron_model import Case
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -115,7 +116,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", mostly_long(SCHEDULES, default=["greedy interleaved"]))
 def test_recomputation(workers, schedule):
     cases = [
         replace(with_config(family, **config), **SCHEDULES[schedule])
@@ -139,6 +140,6 @@ AHEAD = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", mostly_long(SCHEDULES, default=["zb-h1"]))
 def test_multi_token_prediction(workers, schedule):
     check(workers, 2, [replace(case, **SCHEDULES[schedule]) for case in AHEAD.values()])

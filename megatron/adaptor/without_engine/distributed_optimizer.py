@@ -20,6 +20,7 @@ def patches() -> list[Patch]:
     return [
         Patch(f"{_OPTIMIZER}.sharded_state_dict", sharded_state_dict),
         Patch(f"{_OPTIMIZER}.load_state_dict", load_state_dict),
+        Patch(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", set_states),
     ]
 
 
@@ -46,6 +47,15 @@ def load_state_dict(original: Callable[..., Any], optimizer: Any, state_dict: An
             for parameter in optimizer.optimizer.state.keys() & set(group["params"]):
                 optimizer.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
     return result
+
+
+def set_states(
+    original: Callable[..., Any], optimizer: Any, model_param: Any, tensors: dict[str, Any]
+) -> Any:
+    """Leave out a step number that a checkpoint which can be resharded has once for all."""
+    if not _has_fused_adam():
+        tensors = {"step": None, **tensors}
+    return original(optimizer, model_param, tensors)
 
 
 def _has_fused_adam() -> bool:

@@ -65,6 +65,15 @@ NEEDS = (
         None,
         "leave the flag out",
     ),
+    Need(
+        "--use-persistent-ckpt-worker",
+        lambda args: (
+            getattr(args, "use_persistent_ckpt_worker", False)
+            and getattr(args, "async_strategy", None) == "mcore"
+        ),
+        None,
+        "leave the flag out",
+    ),
     Need("--use-nccl-ub", lambda args: args.nccl_ub, None, "leave the flag out"),
     Need(
         "--profile",

@@ -1,0 +1,54 @@
+"""One split is Megatron's own loop: bit for bit, if its attention is left alone as well."""
+
+import json
+import os
+import shlex
+
+import pytest
+
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.selection import mostly_long
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+_STAGES = "--pipeline-model-parallel-size 2"
+MODELS = {
+    "GPT": _STAGES,
+    "GQA, gated MLP": f"{_STAGES} --group-query-attention --num-query-groups 2 --swiglu",
+    "experts": (
+        f"{_STAGES} --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
+        "--moe-aux-loss-coeff 0.01 --disable-bias-linear"
+    ),
+    "virtual stages": f"{_STAGES} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4",
+}
+_LOCAL = shlex.split(
+    "--train-iters 5 --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion "
+    "--no-rope-fusion --no-gradient-accumulation-fusion"
+)
+
+
+def records(monkeypatch, flags, *others, device_only=False):
+    monkeypatch.setitem(os.environ, "DEVICE_ONLY", "1" if device_only else "")
+    run = torchrun(2, SCRIPTS / "recorded_gpt.py", *ARGUMENTS, *_LOCAL, *flags, *others)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = [
+        json.loads(line.partition("RECORD")[2])
+        for line in run.stdout.splitlines()
+        if "RECORD" in line
+    ]
+    assert len(found) == 2
+    return sorted(found, key=lambda record: record["rank"])
+
+
+@pytest.mark.parametrize("name", mostly_long(MODELS, default=["GPT"]))
+def test_one_split_is_megatrons_own(monkeypatch, name):
+    flags = shlex.split(MODELS[name])
+    alone = records(monkeypatch, flags, device_only=True)
+    assert [len(record["norms"]) for record in alone] == [5, 5]
+    assert alone == records(monkeypatch, flags, "--seq1f1b-attention", "megatron")
+    ours = records(monkeypatch, flags)
+    assert ours[1]["losses"] == [
+        {key: pytest.approx(value, rel=1e-6) for key, value in losses.items()}
+        for losses in alone[1]["losses"]
+    ]
+    assert ours[0]["norms"] == pytest.approx(alone[0]["norms"], rel=1e-5)

@@ -1,0 +1,49 @@
+"""Worker ranks end with the process that started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_PROGRAM = """
+import os, sys, time
+from tests.workers import WorkerPool
+if __name__ == "__main__":
+    pool = WorkerPool(2)
+    print(*pool.run(os.getpid), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_workers_of_a_killed_runner_are_killed(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(_PROGRAM)
+    runner = subprocess.Popen(
+        [sys.executable, program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert runner.stdout is not None
+    pids = list(map(int, runner.stdout.readline().split()))
+    assert len(pids) == 2
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    deadline = time.monotonic() + 10
+    while any(_is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlive the test runner"
+        time.sleep(0.1)
+
+
+def _is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
