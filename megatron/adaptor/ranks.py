@@ -95,9 +95,9 @@ class Ranks:
                 if not _follows_from_another(error):
                     raise
                 raise PeerLostError(
-                    f"{self._where()} lost a rank that it exchanges tensors with "
-                    f"({_first_line(error)}). That rank has failed, was killed or has left the "
-                    "job: its own error is the cause"
+                    f"{self._where()} stopped because it lost another rank, which has failed, "
+                    "was killed, hangs or has left the job; the cause is in that rank's own "
+                    f"output ({_first_line(error)})"
                 ) from error
             return result
 

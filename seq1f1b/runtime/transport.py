@@ -184,8 +184,14 @@ class _Arriving:
 
 
 def _wait(work: dist.Work, exchange: str) -> None:
-    """Wait for an exchange; raises LinkError, which names it, when it fails."""
+    """Wait for an exchange; raises LinkError, which names it, when it fails.
+
+    Errors that a signal handler raises meanwhile, as when a data worker dies, are not the link's.
+    """
     try:
         work.wait()
     except RuntimeError as error:
+        was_raised_in_python = error.__traceback__ is not None and error.__traceback__.tb_next
+        if was_raised_in_python:
+            raise
         raise LinkError(f"the {exchange} failed: {error}") from error

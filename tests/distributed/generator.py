@@ -120,7 +120,7 @@ def _is_known(situation: Situation) -> bool:
 
 
 def run(situations: Sequence[Situation], pools: dict[int, WorkerPool]) -> list[str]:
-    """Run situations, those with as many ranks together; return what is wrong with each, or ""."""
+    """Run situations, grouped by number of ranks; return what is wrong with each, or ""."""
     found = [""] * len(situations)
     for size in sorted({s.case.num_ranks for s in situations}):
         pool = pools.setdefault(size, WorkerPool(size))

@@ -11,6 +11,7 @@ import pytest
 from seq1f1b.schedule import Kind, zb_h1
 from seq1f1b.timeline import read_trace
 from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun, train
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -81,6 +82,28 @@ def test_a_rank_that_raises_ends_the_job(tmp_path):
     raised = re.search(r"action 0F0\.3: cosmic ray at ([0-9.]+)", run.stderr)
     assert raised, run.stderr[-4000:]
     assert ended - float(raised[1]) < 30
+
+
+FAULTS = {
+    "leave:1": "PeerLostError: rank 0, iteration 2, stopped because it lost another rank",
+    "worker:0": r"DataLoader worker \(pid \d+\) is killed by signal",
+    "settings:1": "--seq1f1b-balance-method is 'uniform_comp' on rank 0, 'average' on rank 1",
+    "end:0": "rank 0, iteration 2, stage 0, .*the data iterator ended before micro-batch",
+}
+
+
+@pytest.mark.parametrize("fault", mostly_long(FAULTS, default=["settings:1"]))
+def test_a_fault_is_named_by_the_rank_that_has_it(monkeypatch, fault):
+    monkeypatch.setenv("FAULT", f"{fault}:2")
+    run = torchrun(
+        2,
+        *("-m", "megatron.adaptor", SCRIPTS / "faulty_gpt.py", *ARGUMENTS, "--num-workers", 1),
+        *("--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 4),
+        *("--distributed-timeout-minutes", 1),
+    )
+    assert run.returncode != 0
+    root = run.stderr.rpartition("Root Cause (first observed failure)")[2]
+    assert re.search(FAULTS[fault], root), run.stderr[-4000:]
 
 
 def test_no_such_script():
