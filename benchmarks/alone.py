@@ -20,11 +20,11 @@ import torch.distributed as dist
 from gpt import forward_step, make_batch, make_config, make_groups, make_part, token_cost, wrap
 from report import device_name
 
-from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.session import Session
-from megatron.adaptor.step.step import Step
+from megatron.adaptor.step.step import Step, StepArguments
 from seq1f1b.runtime import ActionClock, ActivationMeter
-from seq1f1b.schedule import Action, Kind, Schedule, interleaved
+from seq1f1b.schedule import Action, Kind, Plan, Schedule, interleaved
+from seq1f1b.sequence import SubSequence, partition, sub_sequences
 from seq1f1b.simulate import Costs, Memory
 
 ROLES = ("first", "middle", "last")
@@ -50,23 +50,12 @@ class Cut:
         return (False,) if self.balance == "average" and self.num_splits > 1 else (False, True)
 
 
-@dataclass(frozen=True)
-class _Planned(Settings):
-    """Settings of a step whose schedule is given."""
-
-    plan: Schedule | None = None
-
-    def schedule(self, *shape: Any, **others: Any) -> Schedule:
-        assert self.plan is not None
-        return self.plan
-
-
 class _Nowhere:
-    """A link that takes everything and hands out tensors of the right shape at once."""
+    """A link that accepts everything and hands out tensors ``[n, 1, width]`` at once."""
 
-    def __init__(self, step: Step, width: int) -> None:
-        (self.parts,), self.width = step.parts, width  # one micro-batch
-        self.options = {"device": torch.cuda.current_device(), "dtype": step.config.pipeline_dtype}
+    def __init__(self, parts: Sequence[SubSequence], width: int, dtype: torch.dtype) -> None:
+        self.parts, self.width = parts, width
+        self.options: dict[str, Any] = {"device": torch.cuda.current_device(), "dtype": dtype}
 
     def receive(self, action: Action) -> Any:
         length = self.parts[action.sub_sequence].length
@@ -87,25 +76,17 @@ class _There:
         return self.tensor
 
 
-class _Alone(Step):
-    """A step of one stage with nobody around it; ``after`` is called after every F, B and I."""
+class _Watched(ActionClock):
+    """A clock that calls ``after`` when an F, B or I has ended."""
 
-    after: Callable[[Action], None]
+    def __init__(self, after: Callable[[Action], None]) -> None:
+        super().__init__()
+        self.after = after
 
-    def forward(self, action: Action, *tensors: Any) -> Any:
-        """See Computation."""
-        output = super().forward(action, *tensors)
-        self.after(action)
-        return output
-
-    def backward(self, action: Action, *tensors: Any) -> Any:
-        """See Computation."""
-        gradient = super().backward(action, *tensors)
-        self.after(action)
-        return gradient
-
-    def _transport(self, groups: Any) -> Any:
-        return _Nowhere(self, self.config.hidden_size)
+    def end(self, action: Action) -> None:
+        super().end(action)
+        if action.kind is not Kind.W:
+            self.after(action)
 
 
 def be_alone(core: int = 0) -> None:
@@ -301,20 +282,14 @@ class Bench:
     ) -> Parts:
         """Run all actions of ``role`` for one micro-batch; return how long each took."""
         chunks = self.chunks[cut.num_chunks, role]
-        settings = _Planned(
-            num_splits=cut.num_splits,
-            balance_method=cut.balance,
-            attention=None,
-            metrics_file=None,
-            sequence_length=self.options.length,
-            multiple=1,
+        lengths = partition(
+            self.options.length,
+            cut.num_splits,
+            method=cut.balance,
             cost=token_cost(self.options),
-            plan=plan(cut, split=split),
         )
-        step = _Alone(
-            settings,
-            self.session.context,
-            self.session.cutter,
+        parts = sub_sequences(lengths)
+        arguments = StepArguments(
             forward_step_func=forward_step,
             data_iterator=[repeat(self.batch)] * len(chunks),
             model=chunks,
@@ -322,9 +297,18 @@ class Bench:
             seq_length=self.options.length,
             micro_batch_size=1,
         )
-        step.stage, step.after = ROLES.index(role), after
-        clock = ActionClock()
-        step.run({}, clock)
+        step = Step(
+            arguments,
+            Plan(plan(cut, split=split), (parts,)),
+            self.session.context,
+            self.session.cutter,
+            arguments.feeds((), repeats=cut.num_splits > 1),
+            splits_backwards=split,
+            stage=ROLES.index(role),
+        )
+        config = arguments.config
+        clock = _Watched(after)
+        step.run(_Nowhere(parts, config.hidden_size, config.pipeline_dtype), clock)
         return {
             (timed.action.kind, timed.action.chunk, timed.action.sub_sequence): timed.end
             - timed.start

@@ -86,7 +86,7 @@ class Step:
 
     plan: what runs. feeds: data of each model chunk. documents: of each micro-batch's rows, if they
     are packed. splits_backwards: whether weight gradients have actions of their own. is_checked:
-    see ForwardSteps.
+    see ForwardSteps. stage: whose actions to run, if not this rank's.
     """
 
     def __init__(
@@ -100,11 +100,12 @@ class Step:
         documents: Sequence[Sequence[Documents]] | None = None,
         splits_backwards: bool = False,
         is_checked: bool = False,
+        stage: int | None = None,
     ) -> None:
         self.arguments, self.plan, self.context, self.cutter = arguments, plan, context, cutter
         self.feeds, self.documents = feeds, documents
         self.config, self.chunks, self.groups = arguments.config, arguments.chunks, arguments.groups
-        self.stage = self.groups.pp.rank()
+        self.stage = self.groups.pp.rank() if stage is None else stage
         self.num_tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
         self.reports: dict[int, Any] = {}
         self.losses = Losses(
