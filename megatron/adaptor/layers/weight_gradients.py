@@ -53,7 +53,7 @@ class AccumulatingProduct:
 def patches(context: ExecutionContext) -> list[Attribute]:
     """Return what puts the product in apex's place."""
     product = AccumulatingProduct(context)
-    reason = "accumulates weight gradients in the product, in the W of a split backward if any"
+    reason = "Accumulate weight gradients in the product, in the W of a split backward if any."
     layers = "megatron.core.tensor_parallel.layers"
     return [
         Attribute(f"{layers}:{_EXTENSION}", product, reason, may_be_missing=True),

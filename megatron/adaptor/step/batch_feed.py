@@ -42,7 +42,7 @@ class BatchFeed:
         self._repeats = repeats
         self._ahead: deque[Any] = deque()
         self._was_read_ahead = False
-        self._items: dict[int, list[_Item]] = {}
+        self._items: dict[int, list[BatchItem]] = {}
         self._complete: set[int] = set()
         self._num_begun = 0
         self._selected = 0
@@ -55,7 +55,7 @@ class BatchFeed:
         items = self._items.setdefault(self._selected, [])
         if self._position == len(items):
             self._check_may_grow(len(items))
-            items.append(_Item(self._fetch(), protect=self._repeats))
+            items.append(BatchItem(self._fetch(), protect=self._repeats))
         item = items[self._position].handed_out()
         self._position += 1
         if not isinstance(item, dict):
@@ -70,7 +70,7 @@ class BatchFeed:
         if micro_batch in self._items:
             self._complete.add(micro_batch)
         for skipped in range(self._num_begun, micro_batch):
-            self._items[skipped] = [_Item(self._fetch(), protect=self._repeats)]
+            self._items[skipped] = [BatchItem(self._fetch(), protect=self._repeats)]
         self._num_begun = max(self._num_begun, micro_batch + 1)
         self._selected, self._position = micro_batch, 0
 
@@ -111,7 +111,7 @@ class BatchFeed:
             )
 
 
-class _Item:
+class BatchItem:
     """One item of the data iterator, handed out as it was fetched however often it is asked for.
 
     Once a script has changed a tensor in place, copies are handed out of all as they were, which

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from megatron.adaptor.step.batch_feed import BatchItem
 from megatron.adaptor.step.step import StepArguments
 
 RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -32,36 +32,36 @@ def verify(
     loop: Callable[..., list[Any]],
     step: Callable[[StepArguments], list[Any]],
 ) -> None:
-    """Run the first micro-batch in ``loop``, Megatron's, and in ``step``; all ranks must call.
+    """Run the first micro-batches in ``loop``, Megatron's, and in ``step``; all ranks must call.
 
-    The data iterators of ``arguments`` deliver the micro-batch again afterwards, and gradients are
-    zero. Raises VerificationError when losses or gradient norms differ.
+    The data iterators of ``arguments`` deliver them again afterwards, and gradients are zero.
+    Raises VerificationError when losses or gradient norms differ.
     """
     from megatron.training.utils import print_rank_0
 
     iterators = arguments.data_iterator
-    has_list = isinstance(iterators, list)
-    listed = iterators if has_list else [iterators]
-    first = [None if it is None else next(it) for it in listed]
+    listed = iterators if isinstance(iterators, list) else [iterators]
+    rewound = [None if it is None else _Rewound(it) for it in listed]
+    arguments.data_iterator = rewound if isinstance(iterators, list) else rewound[0]
+    # Megatron's interleaved loop takes as many micro-batches at a time as there are stages.
+    number = arguments.groups.pp.size() if len(arguments.chunks) > 1 else 1
+    few = replace(arguments, num_microbatches=number)
 
-    def one_micro_batch() -> StepArguments:
-        again = [
-            None if it is None else iter([item]) for it, item in zip(listed, first, strict=True)
-        ]
-        return replace(arguments, data_iterator=again if has_list else again[0], num_microbatches=1)
+    def rewind() -> None:
+        for iterator in rewound:
+            if iterator is not None:
+                iterator.rewind()
 
-    whole = _outcome(arguments, lambda: loop(**vars_of(one_micro_batch())))
-    cut = _outcome(arguments, lambda: step(one_micro_batch()))
-    restored = [
-        None if it is None else chain([item], it) for it, item in zip(listed, first, strict=True)
-    ]
-    arguments.data_iterator = restored if has_list else restored[0]
+    whole = _outcome(arguments, lambda: loop(**vars_of(few)))
+    rewind()
+    cut = _outcome(arguments, lambda: step(few))
+    rewind()
     dtype = arguments.config.params_dtype
     tolerance = RELATIVE_TOLERANCE.get(dtype, HALF_PRECISION_TOLERANCE)
     text = (
-        f"one micro-batch: report {_written(whole.report)} whole, {_written(cut.report)} in "
-        f"sub-sequences; gradient norm {whole.gradient_norm:.6g} whole, {cut.gradient_norm:.6g} in "
-        "sub-sequences"
+        f"{number} micro-batch(es): report {_written(whole.report)} whole, {_written(cut.report)} "
+        f"in sub-sequences; gradient norm {whole.gradient_norm:.6g} whole, "
+        f"{cut.gradient_norm:.6g} in sub-sequences"
     )
     if not _agree(whole, cut, tolerance):
         raise VerificationError(
@@ -69,6 +69,27 @@ def verify(
             f"{tolerance:g} of the value): use --seq1f1b-splits 1"
         )
     print_rank_0(f"> verified {text}")
+
+
+class _Rewound:
+    """An iterator that delivers what it has delivered again, after ``rewind``."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._seen: list[BatchItem] = []
+        self._position = 0
+
+    def __iter__(self) -> "_Rewound":
+        return self
+
+    def __next__(self) -> Any:
+        if self._position == len(self._seen):
+            self._seen.append(BatchItem(next(self._source), protect=True))
+        self._position += 1
+        return self._seen[self._position - 1].handed_out()
+
+    def rewind(self) -> None:
+        self._position = 0
 
 
 def vars_of(arguments: StepArguments) -> dict[str, Any]:
