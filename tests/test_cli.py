@@ -264,6 +264,29 @@ def test_a_trace_can_drive_another_schedule(trace):
     assert figures["step_time"] == pytest.approx(formulas.step_time(2, 1, 6, 2))
 
 
+@pytest.mark.parametrize("command", ["simulate", "compare"])
+@pytest.mark.parametrize("flag", ["--latency", "--backward-ratio", "--tflops", "--bandwidth"])
+@pytest.mark.parametrize("value", ["inf", "1e400", "nan", "-1", "x", "1e13"])
+def test_numbers_are_finite(command, flag, value):
+    text = refused(command, *SHAPE, *MODEL, flag, value, "--json")
+    assert f"Invalid value for '{flag}': '{value}' is no number from" in text
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["simulate", "--stages", "4", "--microbatches", "9" * 30], "--microbatches"),
+        (["simulate", *SHAPE, "--splits", "999999999"], "forwards in a step are more than"),
+        (["timeline", "--stages", "99999", "--microbatches", "99999"], "forwards in a step are"),
+        (["compare", *SHAPE, "--splits", "1,9999999999"], "is not a list of numbers from 1"),
+        (["compare", *SHAPE, "--splits", "1" * 5000], "is not a list of numbers from 1"),
+        (["simulate", *SHAPE, *MODEL[2:], "--seq-length", "1" + "0" * 400], "--seq-length"),
+    ],
+)
+def test_sizes_without_end_are_refused(arguments, message):
+    assert message in refused(*arguments)
+
+
 @pytest.mark.parametrize("ending", ["txt", "svg", "png", "json", "html"])
 def test_timeline_writes_what_the_ending_says(ending, tmp_path, trace):
     path = tmp_path / f"plan.{ending}"

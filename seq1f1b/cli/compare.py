@@ -91,7 +91,7 @@ def _split_counts(text: str | None, source: Source) -> list[int]:
     if text is None:
         return [source.schedule.num_splits if isinstance(source, TraceCosts) else 4]
     numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+    if not all(number.isdecimal() and 0 < int(number[:10]) < 10**9 for number in numbers):
         raise flag_error("--splits", f"{text!r} is not a list of numbers from 1, such as 1,2,4")
     return sorted({int(number) for number in numbers})
 

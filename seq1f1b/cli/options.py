@@ -1,5 +1,7 @@
 """The options that the commands share, beside Megatron's."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +9,24 @@ import typer
 
 from seq1f1b.planner.catalogue import ScheduleName
 
+_MOST = 10**9
+_MOST_NUMBER = 1e12
 _PIPELINE, _DEVICE = "Pipeline", "Devices and links"
+
+
+def number_from(least: float) -> Callable[[str], float]:
+    """Return what reads a number from ``least`` to a million millions."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= _MOST_NUMBER:
+            raise typer.BadParameter(f"{text!r} is no number from {least:g} to {_MOST_NUMBER:g}")
+        return value
+
+    return parse
 
 
 def flag_error(flag: str, message: str) -> typer.BadParameter:
@@ -19,7 +38,7 @@ MicroBatches = Annotated[
     int | None,
     typer.Option(
         "--microbatches",
-        min=1,
+        min=1, max=_MOST,
         help="Micro-batches of a step. [default: by --global-batch-size]",
         rich_help_panel=_PIPELINE,
     ),
@@ -36,7 +55,7 @@ Group = Annotated[
     int | None,
     typer.Option(
         "--group",
-        min=1,
+        min=1, max=_MOST,
         help="Interleaved: sub-sequences that go through a chunk in a turn. [default: the number "
         "of stages]",
         rich_help_panel=_PIPELINE,
@@ -46,7 +65,8 @@ BackwardRatio = Annotated[
     float,
     typer.Option(
         "--backward-ratio",
-        min=0.01,
+        parser=number_from(0.01),
+        metavar="NUMBER",
         help="Time of a backward over that of its forward, where no GPU is named.",
         rich_help_panel=_DEVICE,
     ),
@@ -55,7 +75,8 @@ Tflops = Annotated[
     float | None,
     typer.Option(
         "--tflops",
-        min=1e-6,
+        parser=number_from(1e-6),
+        metavar="NUMBER",
         help="TFLOP/s that a stage reaches on the model, instead of a GPU's kernel curves.",
         rich_help_panel=_DEVICE,
     ),
@@ -64,7 +85,8 @@ Latency = Annotated[
     float | None,
     typer.Option(
         "--latency",
-        min=0.0,
+        parser=number_from(0.0),
+        metavar="NUMBER",
         help="From a stage to the next: in seconds with a model or trace, else in forwards of a "
         "stage on one micro-batch. [default: the GPU's, or 0]",
         rich_help_panel=_DEVICE,
@@ -74,7 +96,8 @@ Bandwidth = Annotated[
     float | None,
     typer.Option(
         "--bandwidth",
-        min=1e-6,
+        parser=number_from(1e-6),
+        metavar="NUMBER",
         help="GB/s from a stage to the next; needs a model. [default: the GPU's, or no limit]",
         rich_help_panel=_DEVICE,
     ),

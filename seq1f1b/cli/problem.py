@@ -18,6 +18,8 @@ from seq1f1b.schedule import Schedule
 from seq1f1b.simulate import CostError, Simulation, greedy, memory_over_time, simulate
 from seq1f1b.timeline import Span, Timeline
 
+_MOST_ACTIONS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -37,6 +39,11 @@ class Shape:
         self, source: Source, name: ScheduleName, group: int | None, max_live: int | None
     ) -> Schedule:
         """Make the schedule, with a message that names the flag where it has no such shape."""
+        actions = self.stages * self.chunks * self.micro_batches * self.splits
+        if actions > _MOST_ACTIONS:
+            raise flag_error(
+                "--microbatches", f"{actions:,} forwards in a step are more than {_MOST_ACTIONS:,}"
+            )
         if name is not ScheduleName.GREEDY:
             self._check(name)
         if group is not None and not name.has_chunks:

@@ -94,7 +94,7 @@ def console() -> Console:
 def write_json(value: Any) -> None:
     """Print JSON on standard output."""
     Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
-        json.dumps(value, indent=2)
+        json.dumps(value, indent=2, allow_nan=False)
     )
 
 

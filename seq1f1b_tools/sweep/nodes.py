@@ -41,9 +41,17 @@ def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: the nodes' names cannot be had, or several tasks run on this node.
     """
-    if int(environ.get("SLURM_NNODES") or 1) < 2:
+    numbers = {"SLURM_NNODES": 1, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}
+    for name, default in numbers.items():
+        text = environ.get(name) or str(default)
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise ValueError(
+                f"{name}={text}: is not a number, as SLURM sets it; unset it, or set NNODES"
+            )
+        numbers[name] = int(text)
+    if numbers["SLURM_NNODES"] < 2:
         return {}
-    if int(environ.get("SLURM_LOCALID") or 0) > 0:
+    if numbers["SLURM_LOCALID"] > 0:
         raise ValueError(
             f"SLURM_LOCALID={environ['SLURM_LOCALID']}: the sweep starts a node's processes "
             "itself, so start it once on each node (srun --ntasks-per-node=1)"

@@ -19,6 +19,7 @@ from seq1f1b_tools.sweep.settings import ROOT, Settings
 TRAINING_SCRIPT = ROOT / "pretrain_gpt.py"
 TYING_SCRIPT = Path(__file__).with_name("tied.py")
 _NO_ITERATION = 10**9
+_MOST_FORWARDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,9 @@ def _no_schedule(run: Run, settings: Settings) -> str:
         if run.num_chunks > 1 and run.num_micro_batches % run.pp:
             return f"Megatron's interleaved 1F1B needs micro-batches in multiples of PP {run.pp}"
         return ""
+    forwards = run.pp * run.num_chunks * run.num_micro_batches * run.num_splits
+    if forwards > _MOST_FORWARDS:
+        return f"{forwards:,} forwards in a step are more than {_MOST_FORWARDS:,}"
     try:
         partition(
             run.seq_length,

@@ -16,14 +16,17 @@ _AUTHORS_STAGES = 8
 _CPU_ITERATIONS = 20
 _CPU_ITERATIONS_OF_LONG_STEPS = 12  # from 3 micro-batches on, so that all ends in minutes
 _GPU_ITERATIONS = 20
-
+_MOST_DIGITS = 9
+_MOST_SHOWN = 200
 
 DATASETS = ("stdlib", "codeparrot")
 
 
 def _whole(text: str, lowest: int = 1) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) < lowest:
+    if not (text.isascii() and text.isdecimal()) or int(text[:_MOST_DIGITS]) < lowest:
         raise ValueError(f"{text!r} is not a whole number from {lowest} up")
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is too large")
     return int(text)
 
 
@@ -58,6 +61,13 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no such home folder ({error})") from error
 
 
 def _switch(text: str) -> bool:
@@ -141,8 +151,10 @@ VARIABLES = (
     Variable("DATASET", _one_of(*DATASETS), "stdlib", "stdlib", "of " + ", ".join(DATASETS)),
     Variable("VOCAB_SIZE", _vocabulary, "384", "50257", "tokens of the BPE that is trained on it"),
     Variable("CORPUS_MB", _number, "8", "32", "megabytes of text to take at most"),
-    Variable("DATA", Path, "data", "data", "folder for the data; the default is the repository's"),
-    Variable("OUTPUT", Path, "exp_logs", "exp_logs", "folder for the results, likewise"),
+    Variable(
+        "DATA", _folder, "data", "data", "folder for the data; the default is the repository's"
+    ),
+    Variable("OUTPUT", _folder, "exp_logs", "exp_logs", "folder for the results, likewise"),
     Variable("EXTRA_ARGS", _words, "", "", "flags added to every run, Megatron's or ours"),
     Variable("RUN_TIMEOUT", _number, "3600", "3600", "seconds after which a run is ended"),
     Variable("RETRY_FAILED", _switch, "0", "0", "1: repeat runs that have failed before"),
@@ -249,7 +261,7 @@ def read_settings(environ: Mapping[str, str], num_gpus: int) -> Settings:
         try:
             values[variable.name] = variable.parse(text)
         except ValueError as error:
-            faults.append(f"{variable.name}={text}: {error}")
+            faults.append(f"{variable.name}={text:.{_MOST_SHOWN}}: {error!s:.{2 * _MOST_SHOWN}}")
     faults += _contradictions(values, num_gpus)
     if faults:
         raise SettingsError("\n".join(faults))
@@ -291,7 +303,9 @@ def _settings(values: dict[str, Any], given: dict[str, str], num_gpus: int) -> S
         field: values.get(field.upper()) for field in Settings.__annotations__
     }
     for name in ("data", "output"):
-        settings[name] = _folder(settings[name], is_default=not given[name.upper()])
+        # defaults are in the repository, folders that are given relative to the current one
+        base = Path.cwd() if given[name.upper()] else ROOT
+        settings[name] = base / settings[name]
     if settings["take_turns"] is None:
         settings["take_turns"] = num_gpus == 0 and values["NNODES"] == 1
     return Settings(
@@ -316,8 +330,3 @@ def default_stages(num_gpus: int) -> int:
     if num_gpus == 0:
         return _CPU_STAGES
     return next(n for n in (_AUTHORS_STAGES, 4, 2, 1) if num_gpus % n == 0)
-
-
-def _folder(path: Path, *, is_default: bool) -> Path:
-    """Defaults lie in the repository, what is given is relative to the current folder."""
-    return (ROOT / path if is_default else path.expanduser()).absolute()

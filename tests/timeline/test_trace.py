@@ -67,6 +67,31 @@ GOOD = '{"stage": 0, "action": "0F0.0", "start": 0, "end": 1}\n'
             GOOD + GOOD,
             ":2: 0F0.0 on stage 0 comes twice; a trace holds the actions of one step",
         ),
+        ("[" * 99_999, ":1: brackets are nested too deep"),
+        (
+            GOOD.replace('"start": 0', '"start": true'),
+            ":1: start and end must be numbers of seconds",
+        ),
+        (
+            GOOD.replace('"end": 1', f'"end": 1{"0" * 400}'),
+            ":1: start and end must be numbers of seconds",
+        ),
+        (
+            GOOD.replace('"end": 1', '"end": 1e400'),
+            ":1: start and end must be numbers of seconds",
+        ),
+        (GOOD.replace('"end": 1', '"end": 0'), ": no action takes any time"),
+        (
+            GOOD.replace("0F0.0", "0F0.99999999"),
+            ": not one whole step: no stage has more than 1 actions, too few for 1 model chunks, "
+            "1 micro-batches and 100000000 sub-sequences, which some of them belong to",
+        ),
+        (
+            GOOD + GOOD.replace("0F0.0", "999999999999F0.0"),
+            ": not one whole step: no stage has more than 2 actions, too few for 1000000000000 "
+            "model chunks, 1 micro-batches and 1 sub-sequences, which some of them belong to",
+        ),
+        (GOOD + GOOD.replace('"stage": 0', '"stage": 999999999999'), ": no computation of stage 1"),
         (GOOD.replace('"stage": 0', '"stage": 1'), ": no computation of stage 0"),
         ("", ": no computation of stage 0"),
     ],

@@ -47,12 +47,17 @@ def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
         ("RETRY_FAILED", "yes", "'yes' is not one of 0, 1"),
         ("TAKE_TURNS", "no", "'no' is not one of 0, 1"),
         ("NNODES", "0", "'0' is not a whole number from 1 up"),
+        ("OUTPUT", "~nosuchuser/x", "there is no such home folder"),
+        ("DATA", "~nosuchuser", "there is no such home folder"),
+        ("TP", "1" * 5000, "is too large"),
+        ("CORPUS_MB", "1e400", "'1e400' is not a number above 0"),
+        ("RUN_TIMEOUT", "nan", "'nan' is not a number above 0"),
         ("MASTER_PORT", "80", "'80' is not a port from 1024 to 65534"),
     ],
 )
 def test_bad_values_are_named(name, value, message):
     text = faults({name: value})
-    assert text.startswith(f"{name}={value}: ") or name == "TRAIN_ITERS"
+    assert text.startswith(f"{name}={value:.99}") or name == "TRAIN_ITERS"
     assert message in text
 
 
@@ -113,6 +118,12 @@ def test_slurm_is_read(tmp_path, monkeypatch):
     assert "scontrol cannot expand it" in faults(slurm(tmp_path, SLURM_JOB_NODELIST="x"))
 
 
+@pytest.mark.parametrize("name", ["SLURM_NNODES", "SLURM_LOCALID", "SLURM_NODEID"])
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "9" * 5000, "²"])
+def test_slurms_numbers_are_numbers(tmp_path, name, value):
+    assert f"{name}={value}: is not a number" in faults(slurm(tmp_path, **{name: value}))
+
+
 def test_slurm_without_scontrol_asks_for_the_address(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "scontrol, which expands it, is not on the PATH" in faults(slurm(tmp_path))
@@ -149,6 +160,12 @@ def test_blocks_that_do_not_fit_are_skipped():
     assert found.pop("1f1b") == ""
     for reason in found.values():
         assert reason.startswith("sequence length 4096 is not a multiple of 3000")
+
+
+def test_steps_without_end_are_skipped():
+    found = reasons(MICRO_BATCHES="99999999")
+    assert found.pop("1f1b") == ""
+    assert set(found.values()) == {"799,999,992 forwards in a step are more than 1,000,000"}
 
 
 def test_megatrons_interleaved_loop_needs_whole_rounds_of_micro_batches():
