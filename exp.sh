@@ -4,7 +4,13 @@
 set -uo pipefail
 unset CDPATH PYTHONHOME
 
-root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source=${BASH_SOURCE[0]}
+while [[ -L $source ]]; do
+  target=$(readlink "$source")
+  [[ $target == /* ]] || target=$(dirname "$source")/$target
+  source=$target
+done
+root=$(cd -P "$(dirname "$source")" && pwd)
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   # needs nothing installed, where the system's Python is not too old
   python3 "$root/seq1f1b_tools/sweep" --help 2>/dev/null && exit

@@ -4,6 +4,12 @@
 set -uo pipefail
 unset CDPATH PYTHONHOME
 
-root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source=${BASH_SOURCE[0]}
+while [[ -L $source ]]; do
+  target=$(readlink "$source")
+  [[ $target == /* ]] || target=$(dirname "$source")/$target
+  source=$target
+done
+root=$(cd -P "$(dirname "$source")/.." && pwd)
 python=$(bash "$root/tools/setup_env.sh") || exit 1
 cd "$root" && exec "$python" -m pytest "$@"

@@ -9,11 +9,23 @@
 #     PYTHON                 the interpreter to build the environment with
 #     SEQ1F1B_VENV           where the environment goes (default: .venv beside this folder)
 #     SEQ1F1B_SETUP_MIN_GB   free disk space asked for before a first install
+#     SEQ1F1B_SYSTEM_TORCH   1: build on the torch of the Python, as in a container that has one
+#     SEQ1F1B_WHEELS         a folder made by tools/wheels.sh: install from it without a network
 set -uo pipefail
 unset CDPATH PYTHONHOME PYTHONPATH
+# what containers and users set for their own installs, and would bend or break this one
+unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_DRY_RUN \
+  PIP_NO_DEPS PIP_REQUIREMENT PIP_EDITABLE PIP_REQUIRE_HASHES PIP_PLATFORM PIP_PYTHON_VERSION \
+  UV_CONSTRAINT UV_OVERRIDE UV_BUILD_CONSTRAINT UV_SYSTEM_PYTHON UV_PROJECT_ENVIRONMENT
 export PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source=${BASH_SOURCE[0]}
+while [[ -L $source ]]; do
+  target=$(readlink "$source")
+  [[ $target == /* ]] || target=$(dirname "$source")/$target
+  source=$target
+done
+root=$(cd -P "$(dirname "$source")/.." && pwd)
 venv=${SEQ1F1B_VENV:-$root/.venv}
 venv=${venv%/}
 [[ $venv == /* ]] || venv=$PWD/$venv
@@ -27,6 +39,7 @@ log=$venv/seq1f1b-install.log # also marks the environment as made by this scrip
 temporary=$venv/tmp           # on the disk whose free space is checked; /tmp may be small
 child=""
 started=$SECONDS
+mode="" # what else than the pins the environment depends on
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -152,11 +165,11 @@ wanted_stamp() {
   "$venv_python" -I -S -c '
 import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
-digest = hashlib.sha256(sys.version.encode())
+digest = hashlib.sha256((sys.version + sys.argv[3]).encode())
 for name in ("requirements.txt", "pyproject.toml", "setup.py"):
     digest.update((root / name).read_bytes())
 print(root, sys.argv[2])
-print(digest.hexdigest())' "$root" "$venv" 2>/dev/null </dev/null
+print(digest.hexdigest())' "$root" "$venv" "$mode" 2>/dev/null </dev/null
 }
 
 up_to_date() {
@@ -165,16 +178,26 @@ up_to_date() {
 }
 
 # Whether the environment can be brought up to date in place. Without a stamp an install of ours was
-# cut short, and packages may be half there: only a fresh start is safe. What somebody else made is
-# never deleted while it works.
+# cut short, and packages may be half there: only a fresh start is safe. What somebody else made, or
+# another clone of this project, is never deleted while it works.
 keeps_environment() {
+  local owner made
   [[ -d $venv && -n $(ls -A "$venv") ]] || return 1
+  if [[ -f $stamp ]]; then
+    owner=$(head -n 1 "$stamp")
+    if [[ $owner != "$root $venv" && $owner == *" $venv" && -f ${owner%" $venv"}/tools/setup_env.sh ]]; then
+      die "$venv is the environment of another clone, ${owner%" $venv"}" \
+        "Set SEQ1F1B_VENV to another folder, or leave it unset: then each clone has its own."
+    fi
+  fi
   if [[ ! -f $venv/pyvenv.cfg && ! -f $log ]]; then
     die "$venv exists and is not a virtual environment" \
       "Move it away, or set SEQ1F1B_VENV to another folder."
   fi
   wanted_stamp >/dev/null || return 1
+  [[ -n $mode ]] && made=system || made=own
   if [[ -f $log ]]; then
+    [[ $made == $([[ -f $venv/.system-torch ]] && echo system || echo own) ]] || return 1
     [[ -f $stamp && "$root $venv" == "$(head -n 1 "$stamp")" ]] && usable "$venv_python"
   else
     usable "$venv_python" ||
@@ -257,17 +280,34 @@ discard_environment() {
   rm -rf "$venv.discarded"
 }
 
+make_venv() {
+  if command -v uv >/dev/null; then
+    phase "making $venv" uv venv --allow-existing --python "$base_python" "$venv"
+  else
+    phase "making $venv" "$base_python" -m venv "$venv"
+  fi
+}
+
+# uv knows nothing of pip's settings: where only those name the index, pip still gets through.
+install_packages() {
+  install_with_uv || { ! disk_full && install_with_pip; }
+}
+
+has_torch() {
+  "$1" -c 'import importlib.util as util, sys; sys.exit(not util.find_spec("torch"))' \
+    2>/dev/null </dev/null
+}
+
 make_environment() {
   find_python
   discard_environment
   check_free_space
   start_log
   say "Python $base_version ($base_python)"
-  if command -v uv >/dev/null; then
-    phase "making $venv" uv venv --allow-existing --python "$base_python" "$venv"
-  else
-    phase "making $venv" "$base_python" -m venv "$venv"
-  fi || explain_failure
+  if [[ -z $mode ]] && has_torch "$base_python"; then
+    say "it has a torch of its own: SEQ1F1B_SYSTEM_TORCH=1 builds on that one instead"
+  fi
+  make_venv || explain_failure
 }
 
 take_lock() {
@@ -297,12 +337,15 @@ set_up() {
     make_environment
   fi
   rm -f "$stamp"
-  # uv knows nothing of pip's settings: where only those name the index, pip still gets through.
-  install_with_uv || { ! disk_full && install_with_pip; } || explain_failure
+  install_packages || explain_failure
   phase "checking it" "$venv_python" -c 'import torch, megatron.core, seq1f1b' || explain_failure
   { wanted_stamp >"$stamp.new" && mv "$stamp.new" "$stamp"; } || die "cannot write $stamp"
   say "ready after $((SECONDS - started)) s"
 }
 
+system_torch=${SEQ1F1B_SYSTEM_TORCH:-}
+[[ -z $system_torch && ( -n ${SEQ1F1B_WHEELS:-} || -f $venv/.system-torch ) ]] && system_torch=1
+# shellcheck source=tools/system_torch.sh
+[[ $system_torch == 1 ]] && source "$root/tools/system_torch.sh"
 up_to_date || set_up
 printf '%s\n' "$venv_python"

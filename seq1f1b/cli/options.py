@@ -38,7 +38,8 @@ MicroBatches = Annotated[
     int | None,
     typer.Option(
         "--microbatches",
-        min=1, max=_MOST,
+        min=1,
+        max=_MOST,
         help="Micro-batches of a step. [default: by --global-batch-size]",
         rich_help_panel=_PIPELINE,
     ),
@@ -55,7 +56,8 @@ Group = Annotated[
     int | None,
     typer.Option(
         "--group",
-        min=1, max=_MOST,
+        min=1,
+        max=_MOST,
         help="Interleaved: sub-sequences that go through a chunk in a turn. [default: the number "
         "of stages]",
         rich_help_panel=_PIPELINE,

@@ -1,7 +1,7 @@
 """Reads Megatron's options from a command line, as Megatron's own parser reads them."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -15,6 +15,7 @@ from seq1f1b.planner.refusals import REFUSED
 
 _ARITY: dict[str, int | str | None] = {"none": 0, "one": None, "many": "+", "three": 3}
 _FP32 = "--fp32"
+_MOST = 10**12
 
 
 class Given(NamedTuple):
@@ -117,11 +118,24 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     parser.add_argument(
         *option.flags,
         dest=option.name,
-        type=option.type,
+        type=_bounded(option.type),
         choices=option.choices,
         nargs="+" if option.many else None,
         default=_UNSET,
     )
+
+
+def _bounded(kind: type) -> Callable[[str], Any]:
+    """Return what reads a value; infinite numbers and larger ones than any size are errors."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if isinstance(value, int | float) and not abs(value) <= _MOST:
+            raise ValueError
+        return value
+
+    read.__name__ = kind.__name__  # which argparse says that a value is not of
+    return read
 
 
 def _tuples(value: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from seq1f1b_tools.preprocessing.errors import DataError, SettingError
+from seq1f1b_tools.preprocessing.errors import DataError, SettingError, from_extra
 
 HUB_DATASETS = {"codeparrot": "codeparrot/codeparrot-clean-train"}
 _TEST_FOLDERS = {"test", "tests"}
@@ -76,9 +76,9 @@ class HubRows:
         # the bars of single downloads would tear ours
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self.dataset = dataset
-        try:
+        with from_extra(f"--dataset {dataset}"):
             import datasets
-
+        try:
             self._stream = datasets.load_dataset(
                 HUB_DATASETS[dataset], split="train", streaming=True
             )

@@ -1,5 +1,8 @@
 """The two ways in which a run ends early, told to the user in one message without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 SETTING_EXIT_CODE = 2
 DATA_EXIT_CODE = 1
 
@@ -10,3 +13,18 @@ class SettingError(Exception):
 
 class DataError(Exception):
     """The input, the disk or a worker failed on the way; nothing was published. Exit code 1."""
+
+
+@contextmanager
+def from_extra(purpose: str) -> Iterator[None]:
+    """Import packages in the block that only ``seq1f1b[data]`` installs.
+
+    Raises:
+        SettingError: one is not there; the message says what for.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise SettingError(
+            f"{purpose} needs the package {error.name}: pip install 'seq1f1b[data]'"
+        ) from error

@@ -4,9 +4,10 @@ import os
 import socket
 from collections.abc import Callable
 
-from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, PunktTokenizer
+from seq1f1b_tools.preprocessing.errors import SettingError, from_extra
 
-from seq1f1b_tools.preprocessing.errors import SettingError
+with from_extra("--split-sentences"):
+    from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, PunktTokenizer
 
 _MAX_CHARACTERS = 1_000_000  # upstream's tool hands Punkt no more than this at once
 _DOWNLOAD_TIMEOUT = 15.0  # seconds

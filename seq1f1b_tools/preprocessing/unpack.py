@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from seq1f1b_tools.preprocessing.errors import DataError
+from seq1f1b_tools.preprocessing.errors import DataError, from_extra
 
 PARQUET = ".parquet"
 COMPRESSIONS = {
@@ -100,7 +100,8 @@ def rows_of(file: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: a column is not there, or the file is damaged.
     """
-    from pyarrow import ArrowException, parquet
+    with from_extra(f"{file}: a parquet table"):
+        from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(file) as table:
@@ -121,7 +122,8 @@ def rows_of(file: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _decompressor(kind: str) -> Callable[[], Any]:
     """Return what makes a decompressor of one stream, all of which have the same methods."""
     if kind == "zstd":
-        import zstandard
+        with from_extra("a file packed by zstd"):
+            import zstandard
 
         return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
     return {

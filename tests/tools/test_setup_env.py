@@ -4,139 +4,21 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = (
-    *("awk", "bash", "cat", "cp", "df", "dirname", "flock", "grep", "head", "ls"),
-    *("mkdir", "mv", "rm", "sed", "sh", "sleep", "tail"),
+from tests.tools.machine import (
+    FREE_THREADED,
+    INSTALLED,
+    NEWER_THAN_THE_WHEELS,
+    OLD,
+    ROOT,
+    SHIM,
+    WITHOUT_VENV,
+    Machine,
 )
-
-# Stands for an interpreter. The real one answers for it after doing ``before``, which changes what
-# it says of itself; the environments that it makes hold a copy of it; its pip only notes the call.
-FAKE_PYTHON = """#!/bin/sh
-case "$1 $2" in
-  "-m venv")
-    mkdir -p "$3/bin" && cp "{path}" "$3/bin/python" && : >"$3/pyvenv.cfg" ;;
-  "-m pip")
-    echo "pip $3 $4" >>"{calls}"
-    [ "$3" = install ] || exit 0
-    sleep "${{FAKE_PIP_SECONDS:-0}}"
-    printf '%s\\n' "${{FAKE_PIP_OUTPUT:-}}" >&2
-    exit "${{FAKE_PIP_STATUS:-0}}" ;;
-  "-m pytest")
-    shift; echo "$PWD: $*" ;;
-  "-c import torch"*)
-    exit "${{FAKE_IMPORT_STATUS:-0}}" ;;
-  "-c "*)
-    exec {real} -c 'import sys; sys._base_executable = "{path}"; {before}
-exec(sys.argv[1])' "$2" ;;
-  *)
-    exec {real} "$@" ;;
-esac
-"""
-OLD = "sys.version_info = (3, 11, 9)"
-CURRENT = "sys.version_info = (3, 12, 1)"
-NEWER_THAN_THE_WHEELS = "sys.version_info = (3, 14, 0)"
-WITHOUT_VENV = f'{CURRENT}; sys.modules["ensurepip"] = None; import importlib.util as u; \
-f = u.find_spec; u.find_spec = lambda n: None if n == "ensurepip" else f(n)'
-FREE_THREADED = f"{CURRENT}; import sysconfig; sysconfig.get_config_var = lambda name: 1"
-SHIM = "sys.exit('pyenv: python3.12: command not found')"
-
-FAKE_UV = """#!/bin/sh
-echo "uv $1 $2" >>"{calls}"
-case "$1 $2" in
-  "python find") [ -e "{fetched}" ] && echo "{fetched}" ;;
-  "python install") [ -z "${{FAKE_UV_OFFLINE:-}}" ] && cp "{store}" "{fetched}" ;;
-  "venv "*) for last; do :; done; "{store}" -m venv "$last" ;;
-  "pip install") exit "${{FAKE_UV_STATUS:-0}}" ;;
-esac
-"""
-
-
-class Machine:
-    """A clone in a folder with a space in its name; PATH and home hold only what is put there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.clone = folder / "a clone"
-        self.bin = folder / "bin"
-        self.home = folder / "home"
-        self.calls_file = folder / "calls"
-        for path in (self.clone / "tools", self.clone / "tests", self.bin, self.home):
-            path.mkdir(parents=True)
-        for name in ("tools/setup_env.sh", "tests/run.sh", "pyproject.toml", "setup.py"):
-            shutil.copy(ROOT / name, self.clone / name)
-        (self.clone / "requirements.txt").write_text("torch==2.11.0\n")
-        for name in COMMANDS:
-            if path := shutil.which(name):
-                (self.bin / name).symlink_to(path)
-
-    @property
-    def venv(self) -> Path:
-        return self.clone / ".venv"
-
-    def python(self, path: Path | str, before: str = CURRENT) -> Path:
-        """Put a fake interpreter at ``path`` (a bare name: on PATH) that first does ``before``."""
-        path = self.bin / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fake = FAKE_PYTHON.format(
-            path=path, calls=self.calls_file, real=sys.executable, before=before
-        )
-        self._script(path, fake)
-        return path
-
-    def uv(self) -> None:
-        store = self.python(self.home / "uv-store")
-        fetched = self.home / "uv-python"
-        self._script(
-            self.bin / "uv", FAKE_UV.format(calls=self.calls_file, store=store, fetched=fetched)
-        )
-
-    def start(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", *(command or (str(self.clone / "tools" / "setup_env.sh"),))],
-            env={"PATH": str(self.bin), "HOME": str(self.home), **env},
-            cwd=cwd or self.home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *command: str, cwd: Path | None = None, **env: str) -> tuple[int, str, str]:
-        process = self.start(*command, cwd=cwd, **env)
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out.strip(), err
-
-    def ready(self, **env: str) -> str:
-        """Run the set-up, see that it ends well, and return its messages."""
-        code, out, err = self.run(**env)
-        assert (code, out) == (0, str(self.venv / "bin" / "python")), err
-        return err
-
-    def fails(self, **env: str) -> str:
-        code, out, err = self.run(**env)
-        assert (code, out) == (1, ""), err
-        assert "setup: error: " in err
-        return err
-
-    def calls(self) -> list[str]:
-        """What pip and uv were called with since the last time."""
-        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
-        self.calls_file.unlink(missing_ok=True)
-        return calls
-
-    @staticmethod
-    def _script(path: Path, text: str) -> None:
-        path.write_text(text)
-        path.chmod(0o755)
-
-
-INSTALLED = ["pip --version ", "pip install -r", "pip install --no-deps"]
 
 
 @pytest.fixture
@@ -377,3 +259,59 @@ def test_run_sh_stops_when_the_set_up_fails(machine: Machine) -> None:
     code, out, err = machine.run(str(machine.clone / "tests" / "run.sh"))
     assert (code, out) == (1, "")
     assert "no usable Python found" in err
+
+
+LEFT_OVER = (
+    *("PIP_CONSTRAINT", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN", "PIP_NO_DEPS"),
+    *("PIP_REQUIRE_HASHES", "PIP_BUILD_CONSTRAINT", "UV_CONSTRAINT", "UV_SYSTEM_PYTHON"),
+)
+
+
+def test_settings_that_bend_installs_are_left_out(machine: Machine) -> None:
+    """NVIDIA's containers set PIP_CONSTRAINT, with which nothing can be installed."""
+    machine.python("python3.12")
+    machine.ready(PIP_INDEX_URL="https://mirror/simple", **dict.fromkeys(LEFT_OVER, "/x"))
+    seen = Path(f"{machine.calls_file}.environment").read_text()
+    assert "PIP_INDEX_URL" in seen
+    assert not [name for name in LEFT_OVER if name in seen]
+
+
+def test_a_clone_does_not_delete_the_environment_of_another(machine: Machine) -> None:
+    machine.python("python3.12")
+    shared = machine.home / "shared"
+    assert machine.run(SEQ1F1B_VENV=str(shared))[0] == 0
+    (shared / "kept").touch()
+    first, machine.clone = machine.clone, machine.clone.with_name("second clone")
+    shutil.copytree(first, machine.clone)
+    messages = machine.fails(SEQ1F1B_VENV=str(shared))
+    assert f"{shared} is the environment of another clone, {first}" in messages
+    assert "Set SEQ1F1B_VENV to another folder" in messages
+    assert (shared / "kept").exists()
+    machine.ready()
+    shutil.rmtree(first)  # then nobody is left who needs it
+    assert machine.run(SEQ1F1B_VENV=str(shared))[0] == 0
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_scripts_are_found_through_links_to_them(machine: Machine, is_relative: bool) -> None:
+    machine.python("python3.12")
+    bin_folder = machine.home / "bin"
+    bin_folder.mkdir()
+    for name in ("tests/run.sh", "tools/setup_env.sh"):
+        target = machine.clone / name
+        link = Path(os.path.relpath(target, bin_folder)) if is_relative else target
+        (bin_folder / Path(name).name).symlink_to(link)
+    (bin_folder / "twice.sh").symlink_to("run.sh")
+    code, out, err = machine.run(str(bin_folder / "setup_env.sh"))
+    assert (code, out) == (0, str(machine.venv / "bin" / "python")), err
+    code, out, err = machine.run(str(bin_folder / "twice.sh"), "-x")
+    assert (code, out) == (0, f"{machine.clone}: pytest -x"), err
+
+
+def test_exp_sh_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "sweep").symlink_to(ROOT / "exp.sh")
+    done = subprocess.run(
+        ["bash", tmp_path / "sweep", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MODEL_SIZES" in done.stdout
