@@ -64,15 +64,16 @@ pip_install() {
 collect() {
   local needed=$temporary/needed.txt
   phase "finding out what it needs" "$venv_python" -m pip install --dry-run --quiet \
-    --report "$temporary/report.json" -r "$temporary/lacking.txt" -c "$temporary/kept.txt" &&
-    "$venv_python" -c '
+    --report "$temporary/report.json" -r "$temporary/lacking.txt" -c "$temporary/kept.txt" ||
+    explain_failure
+  "$venv_python" -c '
 import json, sys
 for item in json.load(open(sys.argv[1]))["install"]:
-    print("{name}=={version}".format(**item["metadata"]))' "$temporary/report.json" >"$needed" &&
-    phase "downloading $(wc -l <"$needed") wheels into $1" "$venv_python" -m pip download \
-      --only-binary :all: --no-deps --dest "$1" -r "$needed"
-  (($? == 0)) || explain_failure
-  say "$1 has $(du -sm --exclude '.making*' "$1" | cut -f 1) MiB; install from it on a machine without a network:"
+    print("{name}=={version}".format(**item["metadata"]))' "$temporary/report.json" >"$needed" ||
+    explain_failure
+  phase "downloading $(wc -l <"$needed") wheels into $1" "$venv_python" -m pip download \
+    --only-binary :all: --no-deps --dest "$1" -r "$needed" || explain_failure
+  say "$1 has $(du -sm --exclude '.making*' "$1" | cut -f 1) MiB. On a machine without a network:"
   say "  SEQ1F1B_WHEELS=$1 bash $root/benchmarks/gpu.sh"
   exit 0
 }
