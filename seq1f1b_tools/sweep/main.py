@@ -51,6 +51,14 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], num_gpus: int | N
 
 def sweep_and_report(sweep: Sweep) -> int:
     """Run the sweep and report what was done, even if it was interrupted."""
+    try:
+        return _sweep_and_report(sweep)
+    except OSError as error:
+        sweep.nodes.leave(str(error))
+        raise OutputError(f"OUTPUT={sweep.output.folder}: {error}") from error
+
+
+def _sweep_and_report(sweep: Sweep) -> int:
     status = 0
     try:
         sweep.run_all()

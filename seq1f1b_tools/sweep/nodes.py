@@ -46,7 +46,7 @@ def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
         text = environ.get(name) or str(default)
         if not (text.isascii() and text.isdecimal() and len(text) < 10):
             raise ValueError(
-                f"{name}={text}: is not a number, as SLURM sets it; unset it, or set NNODES"
+                f"{name}={text:.99}: is not a number, as SLURM sets it; unset it, or set NNODES"
             )
         numbers[name] = int(text)
     if numbers["SLURM_NNODES"] < 2:
