@@ -2,6 +2,7 @@
 
 import typer
 
+from seq1f1b.cli.calibrate import calibrate
 from seq1f1b.cli.compare import compare
 from seq1f1b.cli.listing import list_gpus, models
 from seq1f1b.cli.megatron import CONTEXT, MegatronCommand
@@ -21,6 +22,7 @@ app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(simulate)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(compare)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(timeline)
+app.command()(calibrate)
 app.command()(models)
 app.command("gpus")(list_gpus)
 

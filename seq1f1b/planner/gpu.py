@@ -35,6 +35,13 @@ class Curves(Described):
     elementwise: tuple[tuple[int, float], ...] = ()
 
 
+_BACKWARD_TRAFFIC = Figure(
+    value=1.6,
+    kind="assumed",
+    source="bytes that elementwise kernels move in a backward, over those of its forward",
+)
+
+
 class Gpu(Described):
     """A device and its node.
 
@@ -54,6 +61,7 @@ class Gpu(Described):
     latency_us: Figure
     host_us: Figure
     action_us: Figure
+    backward_traffic: Figure = _BACKWARD_TRAFFIC
     gpus_per_node: int
     curves: str | Curves
     curve_scale: float = 1.0

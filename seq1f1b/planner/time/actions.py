@@ -1,5 +1,8 @@
 """Seconds of every action of a schedule, per stage and model chunk."""
 
+import operator
+from collections.abc import Callable
+
 from seq1f1b.planner.layout import ChunkLayers
 from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
@@ -58,11 +61,13 @@ def _of_chunk(
     if setting.num_splits > 1 and setting.num_chunks > 1:
         between += runtime.action_seconds
     both = whole.backward + anew + whole.weights
+    # a host that computes launches nothing meanwhile
+    together: Callable[[float, float], float] = operator.add if runtime.host else max
     return {
-        Kind.F: max(whole.forward, host) + between,
-        Kind.B: max(both, host) + between,
-        Kind.I: max(whole.backward + anew, host) + between,
-        Kind.W: max(whole.weights, host / 2) + between,
+        Kind.F: together(whole.forward, host) + between,
+        Kind.B: together(both, host) + between,
+        Kind.I: together(whole.backward + anew, host) + between,
+        Kind.W: together(whole.weights, host / 2) + between,
     }
 
 

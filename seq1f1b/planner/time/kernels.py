@@ -101,6 +101,8 @@ class Kernels:
 
     def elementwise(self, num_bytes: float) -> float:
         """Return the time of kernels that read and write so many bytes."""
+        if self.curves.elementwise:
+            return num_bytes / (_interpolate(self.curves.elementwise, num_bytes) * _GIGA)
         gpu = self.gpu
         return num_bytes / (gpu.memory_gb_s.value * _GIGA * gpu.memory_efficiency.value)
 

@@ -7,8 +7,6 @@ from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
 from seq1f1b.planner.time.kernels import Kernels
 
-_BACKWARD_TRAFFIC = 1.6
-"""Bytes that elementwise kernels move in a backward, over those of its forward."""
 _EXPOSED = 0.3
 """Share of the collectives beside weight gradients that these do not hide."""
 _WEIGHT_GRADIENT = 1.03
@@ -43,6 +41,7 @@ class LayerTimes:
 
     def __init__(self, setting: Setting, kernels: Kernels, runtime: Runtime) -> None:
         self.setting, self.kernels = setting, kernels
+        self.backward_traffic = kernels.gpu.backward_traffic.value
         self._known: dict[tuple[int, bool], Times] = kernels.known(
             runtime.name,
             setting.model,
@@ -125,7 +124,7 @@ class LayerTimes:
             + sums,
             backward=products * _WEIGHT_GRADIENT
             + self._kernel(part, backward=True)
-            + kernels.elementwise(moved * _BACKWARD_TRAFFIC)
+            + kernels.elementwise(moved) * self.backward_traffic
             + exchange
             + reads
             + _EXPOSED * (reads + sums),
@@ -189,7 +188,7 @@ class LayerTimes:
         return Times(
             forward=products + kernels.elementwise(moved) + reads + sums,
             backward=products * _WEIGHT_GRADIENT
-            + kernels.elementwise(moved * _BACKWARD_TRAFFIC)
+            + kernels.elementwise(moved) * self.backward_traffic
             + reads
             + _EXPOSED * (reads + sums),
             weights=products * _WEIGHT_GRADIENT,
@@ -217,7 +216,7 @@ class LayerTimes:
         times = Times(
             forward=products + router + kernels.elementwise(moved) + exchange + 2 * gathered,
             backward=(products + router) * _WEIGHT_GRADIENT
-            + kernels.elementwise(moved * _BACKWARD_TRAFFIC)
+            + kernels.elementwise(moved) * self.backward_traffic
             + exchange
             + 2 * gathered,
             weights=(products + router) * _WEIGHT_GRADIENT,
