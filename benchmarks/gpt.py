@@ -57,10 +57,15 @@ def about_model(options: argparse.Namespace, **others: Any) -> dict[str, Any]:
 
 def be_a_stage() -> None:
     """Take a core and a thread for this rank, and make it a stage of the pipeline."""
+    be_a_rank()
+    make_groups()
+
+
+def be_a_rank() -> None:
+    """Take a core and a thread for this rank."""
     os.sched_setaffinity(0, {int(os.environ["RANK"]) % os.cpu_count()})
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    make_groups()
 
 
 def make_groups() -> None:
@@ -101,7 +106,8 @@ def make_chunks(
     options: argparse.Namespace, num_chunks: int = 1, *, accumulates: bool = True
 ) -> list[GPTModel]:
     """Build this rank's model chunks; ``accumulates``: weight gradients go to DDP's buffers."""
-    num_stages, stage = dist.get_world_size(), dist.get_rank()
+    num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     virtual = num_chunks if num_chunks > 1 else None
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
     config = make_config(

@@ -1,0 +1,238 @@
+"""What the planner predicts for this machine, beside what is measured here.
+
+    seq1f1b calibrate
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/planner.py
+
+Two ranks, each pinned to a core and one thread, train a tiny GPT with Megatron: two stages, or two
+replicas of one. Every setting runs in turn with a reference setting, so that a change in the
+machine's speed hits both; ratios of medians are compared with those that the planner's cost model
+gives from the calibration, and peak activation bytes with those of its tensor trace.
+"""
+
+# ruff: noqa: E402
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron.adaptor
+
+session = megatron.adaptor.install()
+
+import torch.distributed as dist
+from gpt import Trainer, about_model, add_model_arguments, be_a_rank, make_batch
+from megatron.core import parallel_state, tensor_parallel
+from report import show, table
+
+from seq1f1b.planner.gpu import THIS_MACHINE, gpu
+from seq1f1b.planner.memory import trace_memory
+from seq1f1b.planner.resolve import resolve
+from seq1f1b.planner.runtime import runtime
+from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.time import Kernels, StepTime, step_time
+
+_FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny setting."""
+
+    stages: int
+    splits: int
+    micro_batches: int
+    length: int
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        anew = ", recomputed" if self.recompute else ""
+        return f"p={self.stages} s={self.splits} m={self.micro_batches} {self.length} tokens{anew}"
+
+
+REFERENCE = Case(2, 1, 4, 1024)
+CASES = (
+    Case(2, 2, 4, 1024),
+    Case(2, 4, 2, 1024),
+    Case(2, 4, 8, 1024),
+    Case(2, 8, 4, 1024),
+    Case(2, 1, 2, 2048),
+    Case(2, 2, 2, 2048),
+    Case(2, 4, 2, 2048),
+    Case(2, 8, 2, 2048),
+    Case(2, 4, 4, 1024, recompute=True),
+    Case(1, 1, 4, 1024),
+    Case(1, 4, 2, 2048),
+    Case(1, 1, 2, 1024, recompute=True),
+)
+
+
+def setting_of(options: argparse.Namespace, case: Case, balance: str = "uniform_comp") -> Setting:
+    """Return the case as the planner has it."""
+    values: dict[str, Any] = {
+        "num_layers": options.layers,
+        "hidden_size": options.hidden_size,
+        "num_attention_heads": options.heads,
+        "seq_length": case.length,
+        "padded_vocab_size": options.vocab_size,
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": True,
+        "transformer_impl": "local",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bf16": False,
+        "micro_batch_size": 1,
+        "global_batch_size": case.micro_batches * (2 // case.stages),
+        "pipeline_model_parallel_size": case.stages,
+        "seq1f1b_splits": case.splits,
+        "seq1f1b_balance_method": balance,
+    }
+    if options.query_groups:
+        values |= {"group_query_attention": True, "num_query_groups": options.query_groups}
+    return resolve(values | (_FULL if case.recompute else {}), num_gpus=2)
+
+
+class Ranks:
+    """Megatron's process groups for one and for two stages, made once each."""
+
+    def __init__(self) -> None:
+        self._untouched = self._state()
+        self._made: dict[int, dict[str, Any]] = {}
+
+    def enter(self, stages: int) -> None:
+        """Let Megatron's global state say that there are so many stages."""
+        if stages not in self._made:
+            vars(parallel_state).update(self._untouched)
+            parallel_state.initialize_model_parallel(
+                pipeline_model_parallel_size=stages, create_gloo_process_groups=False
+            )
+            self._made[stages] = self._state()
+        vars(parallel_state).update(self._made[stages])
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+    @staticmethod
+    def _state() -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(parallel_state).items()
+            if name.startswith("_") and name.isupper()
+        }
+
+
+class Field:
+    """Trainers of all cases, made when first asked for."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.ranks = options, Ranks()
+        self._trainers: dict[tuple[int, int, bool], Trainer] = {}
+
+    def step(self, case: Case, balance: str = "uniform_comp") -> dict[str, Any]:
+        """Run one step of a case."""
+        self.ranks.enter(case.stages)
+        key = case.stages, case.length, case.recompute
+        if key not in self._trainers:
+            options = argparse.Namespace(**{**vars(self.options), "length": case.length})
+            trainer = Trainer(options, make_batch(options), session, 1)
+            if case.recompute:
+                for name, value in _FULL.items():
+                    setattr(trainer.config, name, value)
+            self._trainers[key] = trainer
+        trainer = self._trainers[key]
+        return trainer.step(trainer.settings("auto", case.splits, balance), case.micro_batches)
+
+
+def compare(field: Field, case: Case, reference: Case, rounds: int) -> dict[str, Any]:
+    """Run a case and the reference in turn; return medians and what the planner predicts."""
+    found: dict[Case, list[float]] = {case: [], reference: []}
+    figures: dict[str, Any] = {}
+    for number in range(rounds + 1):
+        for one in (case, reference) if number % 2 else (reference, case):
+            done = field.step(one)
+            if number:
+                found[one].append(done["seconds"])
+            if one == case:
+                figures = done
+    measured = {one: statistics.median(times) for one, times in found.items()}
+    ours, others = (predicted(field.options, one) for one in (case, reference))
+    trace = trace_memory(ours.setting, runtime("cpu"))
+    stages = [stage.activations for stage in trace.stages]
+    ratio = measured[case] / measured[reference]
+    expected = seconds(ours) / seconds(others)
+    return {
+        "case": str(case),
+        "measured_seconds": measured[case],
+        "reference_seconds": measured[reference],
+        "predicted_seconds": seconds(ours),
+        "ratio": ratio,
+        "predicted_ratio": expected,
+        "error": expected / ratio - 1,
+        "absolute_error": seconds(ours) / measured[case] - 1,
+        "activation_bytes": figures["peak_bytes"][: case.stages],
+        "predicted_bytes": stages,
+        "memory_errors": [
+            mine / theirs - 1 for mine, theirs in zip(stages, figures["peak_bytes"], strict=False)
+        ],
+    }
+
+
+def predicted(options: argparse.Namespace, case: Case) -> StepTime:
+    """Return the planner's step of a case."""
+    described = gpu(options.gpu)
+    return step_time(setting_of(options, case), Kernels(described), runtime("cpu"))
+
+
+def seconds(step: StepTime) -> float:
+    """Return what a measured pass holds: the pipeline and the reduction, not the optimizer."""
+    return step.pipeline + step.reduction
+
+
+HEADER = (
+    "| setting | s/step | predicted | error | ratio to reference | predicted | error | "
+    "activation MiB by stage | predicted | worst error |\n|" + "---|" * 10
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return ``row`` as a line of the table."""
+    memory = [
+        ", ".join(f"{number / 2**20:.1f}" for number in row[name])
+        for name in ("activation_bytes", "predicted_bytes")
+    ]
+    worst = max(row["memory_errors"], key=abs)
+    return (
+        f"| {row['case']} | {row['measured_seconds']:.3f} | {row['predicted_seconds']:.3f} | "
+        f"{row['absolute_error']:+.1%} | {row['ratio']:.3f} | {row['predicted_ratio']:.3f} | "
+        f"{row['error']:+.1%} | {memory[0]} | {memory[1]} | {worst:+.1%} |"
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser, layers=4, hidden=256)
+    parser.set_defaults(heads=4, vocab_size=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gpu", default=THIS_MACHINE, help="a description by name or path")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    options = parser.parse_args()
+    be_a_rank()
+    field = Field(options)
+    rows = []
+    for case in CASES[: options.cases]:
+        rows.append(compare(field, case, REFERENCE, options.rounds))
+        if dist.get_rank() == 0:
+            print(line(rows[-1]), flush=True)
+    if dist.get_rank() == 0:
+        about = about_model(options, rounds=options.rounds, reference=str(REFERENCE))
+        report = table(about, HEADER, [line(row) for row in rows])
+        show(report, options.output, about, rows)
+
+
+if __name__ == "__main__":
+    main()
