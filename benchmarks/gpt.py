@@ -211,7 +211,14 @@ class Trainer:
         no_sync = [chunk.no_sync for chunk in self.chunks]
         self.config.no_sync_func = no_sync if num_chunks > 1 else no_sync[0]
 
-    def settings(self, kind: str, num_splits: int, balance: str, multiple: int = 1) -> Settings:
+    def settings(
+        self,
+        kind: str,
+        num_splits: int,
+        balance: str,
+        multiple: int = 1,
+        lengths: tuple[int, ...] | None = None,
+    ) -> Settings:
         """Return what the flags of Seq1F1B would say."""
         return Settings(
             num_splits=num_splits,
@@ -220,6 +227,7 @@ class Trainer:
             length_multiple=multiple,
             cost=self.cost,
             schedule_name=kind,
+            lengths=lengths,
         )
 
     def step(self, settings: Settings, num_micro_batches: int) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def with_splits(setting: Setting, num_splits: int) -> Setting:
         setting,
         num_splits=num_splits,
         cuts=None,
+        arguments=replace(setting.arguments, seq1f1b_lengths=None),
         schedule_name=by_shape(setting.num_chunks, num_splits),
     )
 

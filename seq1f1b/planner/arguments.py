@@ -437,6 +437,14 @@ class Arguments:
         "Round sub-sequence lengths to multiples of N tokens.",
         type=int,
     )
+    seq1f1b_lengths: tuple[int, ...] | None = _option(
+        SUB_SEQUENCES,
+        "--seq1f1b-lengths",
+        None,
+        "Lengths of the sub-sequences, instead of a number and a balance method.",
+        type=int,
+        many=True,
+    )
     enable_seq1f1b: bool = _option(
         SUB_SEQUENCES, "--enable-seq1f1b", False, "Same as --seq1f1b-splits 4."
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from seq1f1b.planner.setting import Setting
 from seq1f1b.sequence import PartitionError, TokenCost, partition
 
-_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+_STRENGTHS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5)
 _STRIDES = (8, 4, 2, 1)
 _MOST_TRIED = 150
 Lengths = tuple[int, ...]

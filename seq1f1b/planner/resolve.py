@@ -182,8 +182,11 @@ class _Resolver:
             schedule_name=name,
             recompute=_recompute(a),
             element_bytes=2 if a.bf16 or a.fp16 else 4,
+            cuts=a.seq1f1b_lengths,
             assumed=tuple(self.assumed),
         )
+        if setting.cuts and any(length % setting.multiple for length in setting.cuts):
+            raise SettingError([f"--seq1f1b-lengths: not multiples of {setting.multiple}"])
         try:
             assert setting.parts
         except PartitionError as error:
@@ -191,7 +194,10 @@ class _Resolver:
         return setting
 
     def _num_splits(self) -> int:
-        given = self.a.seq1f1b_splits
+        given, lengths = self.a.seq1f1b_splits, self.a.seq1f1b_lengths
+        if lengths is not None:
+            self.faults += _length_faults(self.a, lengths)
+            return len(lengths)
         if given is not None:
             return int(given)
         if self.a.enable_seq1f1b:
@@ -350,6 +356,16 @@ class _Resolver:
                 f"--global-batch-size: {micro_batches} micro-batches a step; Megatron's "
                 f"interleaved schedule needs a multiple of {group}, the number of stages"
             )
+
+
+def _length_faults(a: Arguments, lengths: tuple[int, ...]) -> Iterator[str]:
+    words = f"--seq1f1b-lengths {' '.join(map(str, lengths))}"
+    if sum(lengths) != a.seq_length:
+        yield f"{words}: sum to {sum(lengths)}, not to --seq-length {a.seq_length}"
+    if min(lengths) < 1:
+        yield f"{words}: must be positive"
+    if a.seq1f1b_splits is not None and int(a.seq1f1b_splits) != len(lengths):
+        yield f"{words}: {len(lengths)} lengths for {a.seq1f1b_splits} splits"
 
 
 def _trained_schedule(a: Arguments) -> ScheduleName | None:

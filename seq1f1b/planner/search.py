@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from seq1f1b.planner.candidates import ERROR, Candidate, candidates
 from seq1f1b.planner.catalogue import ScheduleName
+from seq1f1b.planner.cuts import fastest_cut
 from seq1f1b.planner.memory import GIB, trace_fullest
 from seq1f1b.planner.problem import Plan, Problem, Row
 from seq1f1b.planner.setting import Setting
@@ -14,6 +16,8 @@ from seq1f1b.planner.time import StepTime, num_actions, step_time
 _SIMULATED, _REFINED, _KEPT, _MOST_TRACED = 40, 4, 6, 12
 _MOST_ACTIONS, _ACTIONS_OF_A_LONG_STEP = 1_500_000, 150_000
 _MOST_ACTIONS_OF_GREEDY = 3000
+_MOST_ACTIONS_OF_CUTS = 3000
+_CUTS = {"seq1f1b_balance_method", "seq1f1b_lengths"}
 _SAME_TIME = 0.005
 MARGIN = 0.05
 """Share of the limit that a recommended setting leaves free."""
@@ -68,6 +72,10 @@ def _simulated(problem: Problem, chosen: Iterable[Candidate]) -> list[StepTime]:
     return [step_time(one.setting, problem.kernels, problem.runtime) for one in chosen]
 
 
+def _pipeline(problem: Problem, setting: Setting) -> float:
+    return step_time(setting, problem.kernels, problem.runtime).pipeline
+
+
 def _affordable(ordered: Sequence[Candidate]) -> list[Candidate]:
     """Return the first few, as many as can be simulated in some seconds."""
     chosen, actions = [], 0
@@ -82,8 +90,10 @@ def _affordable(ordered: Sequence[Candidate]) -> list[Candidate]:
 def _variants(problem: Problem, setting: Setting) -> Iterator[Setting]:
     """Yield the same setting with other cuts and orders of actions, of those that nothing fixes."""
     a, given = setting.arguments, problem.values
-    if setting.num_splits > 1 and "seq1f1b_balance_method" not in given:
+    if setting.num_splits > 1 and not _CUTS.intersection(given):
         yield replace(setting, arguments=replace(a, seq1f1b_balance_method="average"))
+        if num_actions(setting) <= _MOST_ACTIONS_OF_CUTS:
+            yield fastest_cut(setting, partial(_pipeline, problem))
     heads = setting.model.heads if setting.model.latent else setting.model.groups
     if heads % (setting.tensor * setting.context):
         return  # the executor exchanges tokens for heads

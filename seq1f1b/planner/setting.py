@@ -176,6 +176,12 @@ def megatron_values(setting: Setting) -> dict[str, Any]:
     values["sequence_parallel"] = setting.sequence_parallel
     values["seq1f1b_splits"] = setting.num_splits if setting.num_splits > 1 else None
     values["enable_seq1f1b"] = False
+    values["seq1f1b_lengths"] = setting.cuts
+    if setting.cuts is not None:
+        defaults = Arguments()
+        values["seq1f1b_splits"] = None
+        values["seq1f1b_balance_method"] = defaults.seq1f1b_balance_method
+        values["seq1f1b_multiple"] = defaults.seq1f1b_multiple
     if values["pipeline_model_parallel_layout"] is None and setting.num_chunks > 1:
         values["num_layers_per_virtual_pipeline_stage"] = None
         values["num_virtual_stages_per_pipeline_rank"] = setting.num_chunks

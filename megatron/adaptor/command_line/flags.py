@@ -41,6 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "that parallelism requires are applied anyway. (default: %(default)s)",
     )
     group.add_argument(
+        "--seq1f1b-lengths",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="Lengths of the sub-sequences, instead of --seq1f1b-splits and a balance method; they "
+        "sum to --seq-length. `seq1f1b plan` prints those of the shortest step that it finds. "
+        "Shorter or longer sequences, as in evaluation, are cut by the balance method.",
+    )
+    group.add_argument(
         "--enable-seq1f1b",
         action="store_true",
         help=f"Same as --seq1f1b-splits {MINDSPEED_SPLITS} when no number of splits is given.",

@@ -96,6 +96,8 @@ def _own_faults(arguments: Arguments) -> Iterator[str]:
         yield f"{given}: must be at least 1 (1 is Megatron's own schedule)"
     elif args.seq1f1b_multiple < 1:
         yield f"--seq1f1b-multiple {args.seq1f1b_multiple}: must be at least 1"
+    elif faults := [*_length_faults(arguments)]:
+        yield from faults
     else:
         try:
             settings.cut(settings.sequence_length)
@@ -104,6 +106,22 @@ def _own_faults(arguments: Arguments) -> Iterator[str]:
         else:
             yield from _schedule_faults(arguments)
     yield from _file_faults(arguments)
+
+
+def _length_faults(arguments: Arguments) -> Iterator[str]:
+    args, settings = arguments
+    if settings.lengths is None:
+        return
+    given = f"--seq1f1b-lengths {' '.join(map(str, settings.lengths))}"
+    if len(settings.lengths) != settings.num_splits:
+        yield f"{given}: {len(settings.lengths)} lengths for {settings.num_splits} splits"
+    if sum(settings.lengths) != args.seq_length:
+        yield f"{given}: sum to {sum(settings.lengths)}, not to --seq-length {args.seq_length}"
+    multiple = settings.length_multiple
+    if any(length < 1 or length % multiple for length in settings.lengths):
+        yield f"{given}: must be positive multiples of {multiple}{_why_multiple(args)}"
+    if settings.packing is not None:
+        yield f"{given}: packed documents are cut by their own lengths: leave it out"
 
 
 def _why_multiple(args: argparse.Namespace) -> str:

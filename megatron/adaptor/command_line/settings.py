@@ -46,6 +46,7 @@ class Settings:
     packing: Packing | None = None
     verify: bool = False
     timeout: timedelta | None = None
+    lengths: tuple[int, ...] | None = None
 
     @property
     def runs_executor(self) -> bool:
@@ -91,6 +92,8 @@ class Settings:
 
         ``documents`` are those of each of its rows, which the cut then takes into account.
         """
+        if self.lengths is not None and sum(self.lengths) == length:
+            return sub_sequences(self.lengths)
         return sub_sequences(
             partition(
                 length,
@@ -132,7 +135,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Read Megatron's parsed and validated arguments; nothing is checked here."""
     num_splits = args.seq1f1b_splits
     if num_splits is None:
-        num_splits = MINDSPEED_SPLITS if args.enable_seq1f1b else 1
+        num_splits = MINDSPEED_SPLITS if args.enable_seq1f1b else len(args.seq1f1b_lengths or [0])
     return Settings(
         num_splits=num_splits,
         balance_method=args.seq1f1b_balance_method,
@@ -147,6 +150,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         trace_iteration=args.seq1f1b_trace_iteration,
         packing=_packing(args),
         verify=args.seq1f1b_verify,
+        lengths=tuple(args.seq1f1b_lengths) if args.seq1f1b_lengths else None,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
 

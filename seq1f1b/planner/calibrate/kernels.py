@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from seq1f1b.attention.kernels import choose_kernel
+from seq1f1b.planner.time.layer import SEPARATE_OPERATIONS as OPERATIONS
 
 _TERA = 1e12
 _BACKWARD_OPERATIONS = 2.5
+_MEGATRON_OVER_TORCH = 3.0
 
 
 @dataclass(frozen=True)
@@ -139,23 +141,51 @@ class Bench:
             yield mix.num_bytes, forward, max(both - forward, forward / 2)
 
     def launch(self) -> float:
-        """Return the host's seconds for one operation, from many on next to nothing."""
-        tensor, number = self.random(8), 400
-        tensor.requires_grad_()
+        """Return the host's seconds to launch one of a layer's operations.
 
-        def many() -> Tensor:
-            total = tensor
-            for _ in range(number):
-                total = total * 1.0
-            return total.sum()
-
-        return self.seconds(lambda: many().backward()) / (2 * number)
+        A layer of plain torch functions runs on next to no tokens. Megatron's, with its modules
+        around them, takes three times as long to launch, as measured on a CPU.
+        """
+        layer = _TinyLayer(self)
+        return _MEGATRON_OVER_TORCH * self.seconds(layer.forward) / OPERATIONS
 
     def memory_rate(self) -> float:
         """Return bytes per second of a copy."""
         source = self.random(1 << (22 if self.device.type == "cpu" else 27))
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.seconds(lambda: target.copy_(source))
+
+
+class _TinyLayer:
+    """A transformer layer of plain functions on a few tokens."""
+
+    def __init__(self, bench: Bench) -> None:
+        hidden, dim = bench.grid.hidden, bench.grid.dim
+        self.heads, self.dim, self.hidden = hidden // dim, dim, hidden
+        sizes = ((3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden))
+        self.weights = [bench.random(*size).requires_grad_() for size in sizes]
+        self.x, self.angles = bench.random(8, 1, hidden), bench.random(8, 1, 1, dim)
+
+    def forward(self) -> Tensor:
+        """Run the forward, with what autograd records of it."""
+        qkv, out, up, down = self.weights
+        normed = functional.layer_norm(self.x, (self.hidden,))
+        mixed = functional.linear(normed, qkv).view(8, 1, self.heads, 3 * self.dim)
+        query, key, value = mixed.chunk(3, dim=-1)
+        query, key = rotated(query, self.angles), rotated(key, self.angles)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        merged = attended.permute(2, 0, 1, 3).reshape(8, 1, self.hidden)
+        total = self.x + functional.linear(merged, out)
+        normed = functional.layer_norm(total, (self.hidden,))
+        return total + functional.linear(functional.gelu(functional.linear(normed, up)), down)
+
+
+def rotated(part: Tensor, angles: Tensor) -> Tensor:
+    """Return queries or keys turned by rotary positions, operation by operation."""
+    half = part.shape[-1] // 2
+    turned = torch.cat((-part[..., half:], part[..., :half]), dim=-1)
+    return part * angles.cos() + turned * angles.sin()
 
 
 class _Mix:
@@ -176,16 +206,15 @@ class _Mix:
     def _leaf(bench: Bench, *shape: int) -> Tensor:
         return bench.random(*shape).requires_grad_()
 
-    def _rotated(self, part: Tensor) -> Tensor:
-        half = part.shape[-1] // 2
-        turned = torch.cat((-part[..., half:], part[..., :half]), dim=-1)
-        return part * self.angles.cos() + turned * self.angles.sin()
-
     def forward(self) -> list[Tensor]:
         """Run the forward; return its results."""
         normed = functional.layer_norm(self.x, (self.hidden,))
         query, key, value = self.mixed.chunk(3, dim=-1)
-        parts = [self._rotated(query), self._rotated(key), value.contiguous()]
+        parts = [
+            rotated(query, self.angles),
+            rotated(key, self.angles),
+            value.contiguous(),
+        ]
         total = self.x + self.branch
         again = functional.layer_norm(total, (self.hidden,))
         activated = functional.gelu(self.middle)

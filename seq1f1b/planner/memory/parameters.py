@@ -38,18 +38,23 @@ def chunk_parameters(setting: Setting, chunk: ChunkLayers) -> Parameters:
     dense = experts = 0.0
     layers = [*chunk.layers, *([bool(model.expert_layers[-1])] * chunk.mtp)]
     for has_experts in layers:
-        dense += _attention(setting) + 2 * norm
-        if has_experts:
-            dense += _router_and_shared(setting)
-            experts += _experts(setting)
-        else:
-            dense += _mlp(setting, model.ffn)
+        held = layer_parameters(setting, experts=has_experts)
+        dense, experts = dense + held.dense, experts + held.experts
     dense += chunk.mtp * (2 * model.hidden * model.hidden / setting.tensor + 3 * norm)
     if chunk.embedding or chunk.mtp:
         dense += table + (model.learned_positions * model.hidden if chunk.embedding else 0)
     if chunk.head:
         dense += table + norm
     return Parameters(dense, experts)
+
+
+def layer_parameters(setting: Setting, *, experts: bool) -> Parameters:
+    """Return what one rank holds of a transformer layer."""
+    model = setting.model
+    dense = _attention(setting) + 2 * model.hidden * (1 if model.rms_norm else 2)
+    if not experts:
+        return Parameters(dense + _mlp(setting, model.ffn), 0.0)
+    return Parameters(dense + _router_and_shared(setting), _experts(setting))
 
 
 def _attention(setting: Setting) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from seq1f1b.planner.memory.parameters import gradient_bytes, layer_parameters
 from seq1f1b.planner.memory.sizes import Sizes
 from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
@@ -11,7 +12,7 @@ _EXPOSED = 0.3
 """Share of the collectives beside weight gradients that these do not hide."""
 _WEIGHT_GRADIENT = 1.03
 """Time of a backward's matrix products over twice the forward's: they add to the gradients."""
-_FUSED_OPERATIONS, _SEPARATE_OPERATIONS = 30, 45
+FUSED_OPERATIONS, SEPARATE_OPERATIONS = 30, 45
 """Kernels that a layer launches in a forward."""
 
 
@@ -41,6 +42,7 @@ class LayerTimes:
 
     def __init__(self, setting: Setting, kernels: Kernels, runtime: Runtime) -> None:
         self.setting, self.kernels = setting, kernels
+        self.on_host = runtime.host
         self.backward_traffic = kernels.gpu.backward_traffic.value
         self._known: dict[tuple[int, bool], Times] = kernels.known(
             runtime.name,
@@ -60,7 +62,7 @@ class LayerTimes:
         self.separate_rotary = setting.model.rotary and (
             runtime.rotary_tables == "per_layer" or not fused
         )
-        self.operations = _SEPARATE_OPERATIONS if self.separate_rotary else _FUSED_OPERATIONS
+        self.operations = SEPARATE_OPERATIONS if self.separate_rotary else FUSED_OPERATIONS
 
     def layer(self, part: int, *, experts: bool) -> Times:
         """Return the times of a layer on a sub-sequence, with what it computes anew."""
@@ -76,9 +78,16 @@ class LayerTimes:
         return Times(
             times.forward,
             times.backward + self._anew(part, times, feed_forward, experts=experts),
-            times.weights,
+            times.weights + self._accumulation(experts=experts),
             times.operations,
         )
+
+    def _accumulation(self, *, experts: bool) -> float:
+        """Return the time to add weight gradients to their buffers, whatever the tokens."""
+        held = layer_parameters(self.setting, experts=experts)
+        moved = 2 * gradient_bytes(self.setting) * (held.dense + held.experts)
+        # without a fused kernel the product is written and read once more
+        return self.kernels.elementwise(moved * (2 if self.on_host else 1))
 
     def _anew(self, part: int, whole: Times, feed_forward: Times, *, experts: bool) -> float:
         """Return the time of a layer's recomputed modules."""
