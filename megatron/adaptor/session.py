@@ -15,6 +15,7 @@ from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.ranks import Ranks
 from megatron.adaptor.reports.iteration_log import IterationLog
 from megatron.adaptor.reports.metrics import StepMeter
+from megatron.adaptor.reports.outlook import MemoryLine
 from megatron.adaptor.step.batch_feed import BatchCutter
 from megatron.adaptor.step.loop import Loop
 from megatron.adaptor.without_engine import distributed_optimizer, fallbacks, norms, tokenizer
@@ -70,6 +71,7 @@ class Session:
             *self.loop.patches(),
             *self.meter.patches(),
             *IterationLog(self.meter, lambda: self.settings, lambda: self.args).patches(),
+            *MemoryLine(self._cuts).patches(),
             *self.attention.patches(),
             *Positions(self.context).patches(),
             *self.router_losses.patches(),
@@ -77,6 +79,10 @@ class Session:
             *EngineConfiguration(lambda: self.settings).patches(),
             *weight_gradients.patches(self.context),
         ]
+
+    def _cuts(self) -> bool:
+        """Whether training runs on sub-sequences."""
+        return self.settings is not None and self.settings.num_splits > 1
 
     def _apply(self, settings: Settings | None) -> None:
         self.context.use_kernel(settings.kernel if settings else None)

@@ -1,12 +1,15 @@
 """What is worth a warning about a setting."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from seq1f1b.planner.balance import balanced_layout
+from seq1f1b.planner.balance import balanced_layout, deal_layers
 from seq1f1b.planner.catalogue import by_shape
+from seq1f1b.planner.chunks import chunk_operations
+from seq1f1b.planner.layout import parse_layout, write_layout
 from seq1f1b.planner.memory import estimate_peak
 from seq1f1b.planner.problem import Problem
+from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
 from seq1f1b.planner.time import StepTime, step_time
 from seq1f1b.sequence import PartitionError, imbalance
@@ -19,8 +22,28 @@ def warnings(problem: Problem, step: StepTime) -> Iterator[str]:
     setting = step.setting
     yield from _too_short(problem, step)
     yield from _unbalanced(setting)
-    yield from _without_pipeline(problem, setting)
-    yield from _late_stage(problem, step)
+    yield from _without_pipeline(setting, problem.runtime)
+    layout = None
+    if setting.num_stages > 1:
+        layout = balanced_layout(setting, problem.kernels, problem.runtime)
+    yield from _late(setting, step.stage_seconds, layout)
+
+
+def warnings_by_operations(setting: Setting, runtime: Runtime) -> Iterator[str]:
+    """Yield the warnings that need no device: those that follow from operations and memory."""
+    yield from _unbalanced(setting)
+    yield from _without_pipeline(setting, runtime)
+    work = [
+        sum(cost.of_first(setting.seq_length) for cost in chunks)
+        for chunks in chunk_operations(setting)
+    ]
+    whole = setting.model.token_cost(0).of_first(setting.seq_length)
+    layer = whole / setting.model.num_layers
+    end = setting.model.token_cost(setting.vocabulary).of_first(setting.seq_length) - whole
+    parts = setting.num_stages * setting.num_chunks
+    counts = deal_layers(setting.model.num_layers, parts, layer, 0.0, end)
+    layout = write_layout(counts, setting.model.mtp)
+    yield from _late(setting, work, layout)
 
 
 def _too_short(problem: Problem, step: StepTime) -> Iterator[str]:
@@ -69,32 +92,40 @@ def _unbalanced(setting: Setting) -> Iterator[str]:
     yield f"{flag}: the longest sub-sequence takes {excess:.0%} longer than the mean; {advice}"
 
 
-def _without_pipeline(problem: Problem, setting: Setting) -> Iterator[str]:
+def _without_pipeline(setting: Setting, runtime: Runtime) -> Iterator[str]:
     if setting.num_splits == 1 or setting.num_stages > 1:
         return
     try:
-        whole = estimate_peak(with_splits(setting, 1), problem.runtime)
+        whole = estimate_peak(with_splits(setting, 1), runtime)
     except PartitionError:
         return
-    cut = estimate_peak(setting, problem.runtime)
+    cut = estimate_peak(setting, runtime)
     yield (
         f"--seq1f1b-splits {setting.num_splits}: without pipeline stages sub-sequences save no "
         f"time and cost memory, about {cut:.1f} instead of {whole:.1f} GiB"
     )
 
 
-def _late_stage(problem: Problem, step: StepTime) -> Iterator[str]:
-    setting, seconds = step.setting, step.stage_seconds
-    if setting.num_stages == 1:
+def _late(setting: Setting, work: Sequence[float], layout: str | None) -> Iterator[str]:
+    """Warn of a last stage that computes longer than the others, and name a layout against it."""
+    if len(work) == 1:
         return
-    others = sum(seconds[:-1]) / (len(seconds) - 1)
-    excess = seconds[-1] / others - 1
-    if excess <= _LATE or seconds[-1] < max(seconds):
+    excess = work[-1] * (len(work) - 1) / sum(work[:-1]) - 1
+    is_in_use = layout == setting.arguments.pipeline_model_parallel_layout
+    if excess <= _LATE or work[-1] < max(work) or layout is None or is_in_use:
         return
-    layout = balanced_layout(setting, problem.kernels, problem.runtime)
-    if layout is None or layout == setting.arguments.pipeline_model_parallel_layout:
+    if parse_layout(layout) == _current(setting):
         return
     yield (
         f"the output layer makes the last stage {excess:.0%} longer than the others; "
         f"--pipeline-model-parallel-layout '{layout}' makes room for it"
     )
+
+
+def _current(setting: Setting) -> list[str]:
+    """Return the layers of every model chunk, in the order of the model, as a layout has them."""
+    return [
+        "E" * chunk.embedding + "t" * len(chunk.layers) + "m" * chunk.mtp + "L" * chunk.head
+        for chunks in zip(*setting.chunks, strict=True)
+        for chunk in chunks
+    ]

@@ -74,8 +74,8 @@ def script(problem: Problem, setting: Setting, launcher: Launcher, command: str)
             "",
             "root=${ROOT:-$PWD} # where pretrain_gpt.py is",
             "iterations=${ITERATIONS:-3}",
-            "data=(--mock-data --tokenizer-type NullTokenizer --vocab-size "
-            f"{vocabulary} --eval-iters 0)",
+            f"data=(--mock-data --tokenizer-type NullTokenizer --vocab-size {vocabulary} "
+            "--eval-iters 0 --eval-interval 1000)",
             "if [[ -n ${DATA:-} ]]; then # the prefix of what tools/preprocess_data.py wrote",
             '  data=(--data-path "$DATA" --split 99,1,0 --tokenizer-type HuggingFaceTokenizer',
             '    --tokenizer-model "${TOKENIZER:?a folder with tokenizer.json}")',

@@ -68,16 +68,16 @@ class Plan:
 def with_defaults(problem: Problem) -> dict[str, Any]:
     """Return the problem's options with those that a plan chooses for everybody.
 
-    Optimizer states are sharded and reductions overlapped where there are several replicas;
-    training is in bf16 on GPUs and in fp32 on hosts.
+    Attention drops nothing, which sub-sequences need; optimizer states are sharded and, on GPUs,
+    reductions overlapped where there are several replicas; training is in bf16 on GPUs and in fp32
+    on hosts.
     """
-    chosen: dict[str, Any] = {}
+    on_gpus = problem.gpu.runtime != HOST_RUNTIME
+    chosen: dict[str, Any] = {"attention_dropout": 0.0}
     if problem.num_gpus > 1:
-        chosen |= {
-            "use_distributed_optimizer": True,
-            "overlap_grad_reduce": True,
-            "overlap_param_gather": True,
-        }
+        chosen["use_distributed_optimizer"] = True
+        if on_gpus:
+            chosen |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
     if "bf16" not in problem.values and "fp16" not in problem.values:
-        chosen["bf16"] = problem.gpu.runtime != HOST_RUNTIME
+        chosen["bf16"] = on_gpus
     return chosen | dict(problem.values)

@@ -56,6 +56,22 @@ REFUSED = {
         ["--seq1f1b-splits", "65", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
         ["65 splits of at least 2 token(s)", "--sequence-parallel", "2 at a time"],
     ),
+    "lengths of another sequence": (
+        ["--seq1f1b-lengths", "64", "32"],
+        ["--seq1f1b-lengths 64 32: sum to 96, not to --seq-length 128"],
+    ),
+    "lengths and another number of splits": (
+        ["--seq1f1b-lengths", "64", "64", "--seq1f1b-splits", "4"],
+        ["--seq1f1b-lengths 64 64: 2 lengths for 4 splits"],
+    ),
+    "lengths that cannot be dealt out": (
+        shlex.split("--seq1f1b-lengths 65 63 --tensor-model-parallel-size 2 --sequence-parallel"),
+        ["--seq1f1b-lengths 65 63: must be positive multiples of 2"],
+    ),
+    "a number of splits by nothing": (
+        ["--seq1f1b-splits", "auto"],
+        ["--seq1f1b-splits auto: there is no description of this device", "seq1f1b calibrate"],
+    ),
     "a cap without greedy": (
         ["--seq1f1b-splits", "4", "--seq1f1b-max-live", "9"],
         ["--seq1f1b-max-live 9 goes with --seq1f1b-schedule greedy only"],

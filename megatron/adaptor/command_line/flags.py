@@ -12,17 +12,25 @@ SCHEDULES = ("auto", "1f1b", "zb-h1", "greedy")
 MEGATRON_ATTENTION = "megatron"
 
 
+AUTO = "auto"
+
+
+def _splits(text: str) -> int | str:
+    return AUTO if text == AUTO else int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags to Megatron's parser, and make its help printable."""
     group = parser.add_argument_group(title="seq1f1b")
     group.add_argument(
         "--seq1f1b-splits",
-        type=int,
+        type=_splits,
         default=None,
-        metavar="N",
+        metavar="N|auto",
         help="Number of sub-sequences that each micro-batch is cut into (default: 1, Megatron's "
-        "own schedule, untouched). More splits mean less bubble and less activation memory, as "
-        "long as one sub-sequence still fills the device.",
+        "own schedule, untouched); auto: the number and balance of the shortest step that the "
+        "planner simulates for this device. More splits mean less bubble and less activation "
+        "memory, as long as one sub-sequence still fills the device.",
     )
     group.add_argument(
         "--seq1f1b-balance-method",

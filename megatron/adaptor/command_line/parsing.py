@@ -8,6 +8,7 @@ from megatron.adaptor.command_line.flags import add_arguments
 from megatron.adaptor.command_line.refusals import refuse, settings_from
 from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.patches import Patch
+from megatron.adaptor.reports.outlook import choose_splits
 from megatron.adaptor.without_engine import fallbacks
 
 _ARGUMENTS = "megatron.training.arguments"
@@ -42,6 +43,7 @@ class CommandLine:
         """Check the flags before any process group is made."""
         refuse(fallbacks.refusals(args), args.rank)  # Megatron would stumble over these
         result = original(args, defaults or {})
+        refuse([fault for fault in [choose_splits(args)] if fault], args.rank)
         settings, faults = settings_from(args)
         refuse(faults, args.rank)
         if settings.packing is not None and settings.runs_executor:

@@ -7,6 +7,7 @@ import torch
 
 from megatron.adaptor.layers.known import check_layers
 from megatron.adaptor.patches import Patch
+from megatron.adaptor.reports.outlook import advice
 from megatron.adaptor.step.batch_feed import DataError
 from megatron.adaptor.step.links import Links, close_links, make_links, transport
 from megatron.adaptor.step.planning import plan_step
@@ -109,6 +110,9 @@ class Loop:
             if documents is not None and settings.balance_method == "uniform_comp":
                 lengths = "by the documents of each micro-batch"
             _print_once(f"> {plan.schedule.describe()}; lengths {lengths}")
+            if session.args is not None:
+                for text in advice(session.args):
+                    _print_once(f"> warning: {text}")
         step = Step(
             arguments,
             plan,

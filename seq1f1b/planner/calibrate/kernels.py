@@ -21,7 +21,9 @@ _MEGATRON_OVER_TORCH = 3.0
 
 @dataclass(frozen=True)
 class Grid:
-    """Which shapes are measured; ``rounds`` is how often."""
+    """Which shapes are measured; ``longest`` the tokens that
+    are attended to at most, ``rounds`` how often.
+    """
 
     rows: tuple[int, ...]
     products: tuple[tuple[int, int], ...]
@@ -30,17 +32,19 @@ class Grid:
     heads: tuple[tuple[int, int], ...]
     dim: int
     hidden: int
+    longest: int
     rounds: int
 
 
 ON_HOST = Grid(
     rows=(128, 512, 2048),
     products=((256, 256), (512, 256), (1024, 256), (256, 1024), (1024, 1024), (4096, 256)),
-    own=(128, 512, 1024),
+    own=(128, 512, 1024, 2048),
     ratios=(0, 1, 3),
     heads=((4, 4), (8, 8), (4, 2)),
     dim=64,
     hidden=256,
+    longest=4096,
     rounds=5,
 )
 ON_GPU = Grid(
@@ -61,6 +65,7 @@ ON_GPU = Grid(
     heads=((4, 4), (8, 8), (32, 32), (32, 8)),
     dim=128,
     hidden=4096,
+    longest=1 << 16,
     rounds=7,
 )
 
@@ -116,6 +121,8 @@ class Bench:
             self.grid.heads, self.grid.ratios, self.grid.own
         ):
             before = ratio * own
+            if before + own > self.grid.longest:
+                continue
             query = self.random(own, 1, heads, dim)
             key, value = (self.random(before + own, 1, groups, dim) for _ in range(2))
             gradient = self.random(own, 1, heads, dim)
