@@ -18,7 +18,7 @@ with those times.
 import argparse
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from gpt import Trainer, about_model, add_model_arguments, be_a_rank, make_batch
 from megatron.core import parallel_state, tensor_parallel
 from report import show, table
 
+from seq1f1b.planner.cuts import fastest_cut
 from seq1f1b.planner.gpu import THIS_MACHINE, gpu
 from seq1f1b.planner.memory import trace_memory
 from seq1f1b.planner.resolve import resolve
@@ -56,10 +57,16 @@ class Case:
     micro_batches: int
     length: int
     recompute: bool = False
+    balance: str = "uniform_comp"
+    lengths: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        anew = ", recomputed" if self.recompute else ""
-        return f"p={self.stages} s={self.splits} m={self.micro_batches} {self.length} tokens{anew}"
+        words = f"p={self.stages} s={self.splits} m={self.micro_batches} {self.length} tokens"
+        if self.recompute:
+            words += ", recomputed"
+        if self.lengths is not None:
+            return f"{words}, the planner's cut"
+        return f"{words}, average" if self.balance == "average" else words
 
 
 REFERENCE = Case(2, 1, 4, 1024)
@@ -79,7 +86,19 @@ CASES = (
 )
 
 
-def setting_of(options: argparse.Namespace, case: Case, balance: str = "uniform_comp") -> Setting:
+RANKED = (
+    Case(2, 1, 2, 2048),
+    *(
+        Case(2, splits, 2, 2048, balance=balance)
+        for splits in (2, 4, 8)
+        for balance in ("uniform_comp", "average")
+    ),
+    Case(1, 1, 1, 2048),
+)
+"""Eight ways to train on two sequences a step."""
+
+
+def setting_of(options: argparse.Namespace, case: Case) -> Setting:
     """Return the case as the planner has it."""
     values: dict[str, Any] = {
         "num_layers": options.layers,
@@ -97,7 +116,8 @@ def setting_of(options: argparse.Namespace, case: Case, balance: str = "uniform_
         "global_batch_size": case.micro_batches * (2 // case.stages),
         "pipeline_model_parallel_size": case.stages,
         "seq1f1b_splits": case.splits,
-        "seq1f1b_balance_method": balance,
+        "seq1f1b_balance_method": case.balance,
+        "seq1f1b_lengths": case.lengths,
     }
     if options.query_groups:
         values |= {"group_query_attention": True, "num_query_groups": options.query_groups}
@@ -138,7 +158,7 @@ class Field:
         self.options, self.ranks = options, Ranks()
         self._trainers: dict[tuple[int, int, bool], Trainer] = {}
 
-    def step(self, case: Case, balance: str = "uniform_comp") -> dict[str, Any]:
+    def step(self, case: Case) -> dict[str, Any]:
         """Run one step of a case."""
         self.ranks.enter(case.stages)
         key = case.stages, case.length, case.recompute
@@ -150,7 +170,43 @@ class Field:
                     setattr(trainer.config, name, value)
             self._trainers[key] = trainer
         trainer = self._trainers[key]
-        return trainer.step(trainer.settings("auto", case.splits, balance), case.micro_batches)
+        settings = trainer.settings("auto", case.splits, case.balance, lengths=case.lengths)
+        return trainer.step(settings, case.micro_batches)
+
+    def measured(self, case: Case) -> float:
+        """Run one step of a case; return its length, by the wall or replayed."""
+        done = self.step(case)
+        return replayed(self.options, case, done) if self.options.core_time else done["seconds"]
+
+
+def rank(field: Field, cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
+    """Run cases in turn; return a row for each, the first of the planner's order first."""
+    found: dict[Case, list[float]] = {case: [] for case in cases}
+    for number in range(rounds + 1):
+        first = number % len(cases)
+        for case in (*cases[first:], *cases[:first]):
+            length = field.measured(case)
+            if number:
+                found[case].append(length)
+    rows = [
+        {
+            "case": str(case),
+            "lengths": setting_of(field.options, case).lengths,
+            "seconds": statistics.median(found[case]),
+            "predicted_seconds": seconds(predicted(field.options, case), field.options.core_time),
+        }
+        for case in cases
+    ]
+    return sorted(rows, key=lambda row: row["predicted_seconds"])
+
+
+def planned_cut(options: argparse.Namespace, case: Case) -> Case:
+    """Return a case with the lengths of the shortest step that the planner simulates."""
+    kernels, profile = Kernels(gpu(options.gpu)), runtime("cpu")
+    best = fastest_cut(
+        setting_of(options, case), lambda setting: step_time(setting, kernels, profile).pipeline
+    )
+    return replace(case, lengths=best.lengths)
 
 
 def compare(field: Field, case: Case, reference: Case, rounds: int) -> dict[str, Any]:
@@ -231,6 +287,33 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def show_ranking(field: Field) -> None:
+    """Measure and print the eight ways, or the cuts."""
+    options, cases = field.options, RANKED
+    if options.cuts:
+        cases = tuple(
+            one
+            for number in (2, 4)
+            for case in [Case(2, 4, number, options.length)]
+            for one in (
+                Case(2, 1, number, options.length),
+                case,
+                replace(case, balance="average"),
+                planned_cut(options, case),
+            )
+        )
+    rows = rank(field, cases, options.rounds)
+    if dist.get_rank() == 0:
+        about = about_model(options, rounds=options.rounds, core_time=options.core_time)
+        lines = [
+            f"| {row['case']} | {', '.join(map(str, row['lengths']))} | {row['seconds']:.3f} | "
+            f"{row['predicted_seconds']:.3f} |"
+            for row in rows
+        ]
+        header = "| setting | lengths | s/step | predicted |\n|" + "---|" * 4
+        show(table(about, header, lines), options.output, about, rows)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -239,6 +322,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--gpu", default=THIS_MACHINE, help="a description by name or path")
     parser.add_argument("--core-time", action="store_true", help="replay time spent on the core")
+    parser.add_argument("--rank", action="store_true", help="rank eight ways of the same work")
+    parser.add_argument("--cuts", action="store_true", help="set the planner's cut beside others")
     parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
@@ -246,6 +331,9 @@ def main() -> None:
     if options.core_time:
         clock.time = argparse.Namespace(perf_counter=time.process_time)
     field = Field(options)
+    if options.rank or options.cuts:
+        show_ranking(field)
+        return
     rows = []
     for case in CASES[: options.cases]:
         rows.append(compare(field, case, REFERENCE, options.rounds))

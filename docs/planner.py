@@ -87,13 +87,13 @@ def _peak_line(
     error = f"{trace.peak_gib / value - 1:+.1%}" if value else "-"
     verdict = "odd" if odd else "yes" if (trace.peak_gib > LIMIT_GIB) == (value is None) else "NO"
     return (
-        f"| {model} | {length // 1024}k | {name} | {value or 'X'} | {trace.peak_gib:.2f} | {error} | "
-        f"{verdict} | {own:.1f} |"
+        f"| {model} | {length // 1024}k | {name} | {value or 'X'} | {trace.peak_gib:.2f} | "
+        f"{error} | {verdict} | {own:.1f} |"
     )
 
 
 def megatrons(setting: Setting) -> float:
-    """Return Megatron's own estimate, by its formula for sequence parallelism where there is any."""
+    """Return Megatron's own estimate, by its formula for sequence parallelism if it applies."""
     values = megatron_values(setting) | {"seq1f1b_splits": None, "seq1f1b_lengths": None}
     estimate = report(write_options(values), setting.num_gpus)
     return estimate.get("total_with_sequence_parallel", estimate["total"])
@@ -181,11 +181,17 @@ def here() -> str:
         errors = [row["error"] for row in rows]
         memory = max(abs(error) for row in rows for error in row["memory_errors"])
         parts.append(
-            f"**{title}**: {sum(abs(e) <= 0.1 for e in errors)} of {len(errors)} ratios within 10%, "
+            f"**{title}**: {_within(errors)} of {len(errors)} ratios within 10%, "
             f"worst {max(errors, key=abs):+.1%}; activation bytes within {memory:.1%}.\n\n"
             f"{path.read_text()}"
         )
     return "\n".join(parts)
+
+
+def stored(name: str) -> str:
+    """Return a table from benchmarks/results, if it has been measured."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.md"
+    return path.read_text() if path.is_file() else "Not measured yet.\n"
 
 
 def _mean(errors: list[float]) -> float:
@@ -229,6 +235,8 @@ def main() -> None:
             "time score": time_score,
             "table 5": "\n".join(table_5()),
             "here": here(),
+            "ranking": stored("planner_rank"),
+            "cuts": stored("planner_cuts"),
         },
     )
     (ROOT / "docs" / "planner.md").write_text(page)
