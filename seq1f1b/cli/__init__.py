@@ -1,4 +1,4 @@
-"""``seq1f1b``: see and compare schedules before they cost anything."""
+"""``seq1f1b``: see and compare schedules before they cost anything, and train on long sequences."""
 
 import typer
 
@@ -10,12 +10,13 @@ from seq1f1b.cli.memory import memory
 from seq1f1b.cli.plan import plan
 from seq1f1b.cli.simulate import simulate
 from seq1f1b.cli.timeline import timeline
+from seq1f1b.cli.ulysses import app as ulysses
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Plan pipeline schedules: what a step takes, what a stage holds, and what it looks like.",
+    help="Plan pipeline schedules, and train on long sequences.",
 )
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(plan)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
@@ -25,5 +26,6 @@ app.command(cls=MegatronCommand, context_settings=CONTEXT)(timeline)
 app.command()(calibrate)
 app.command()(models)
 app.command("gpus")(list_gpus)
+app.add_typer(ulysses, name="ulysses")
 
 __all__ = ["app"]

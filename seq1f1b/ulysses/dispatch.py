@@ -37,13 +37,19 @@ class Dispatch:
 
 
 def dispatch_modules(
-    model: nn.Module, use_varlen_attn: bool = False, *, core: str | None = None
+    model: nn.Module,
+    use_varlen_attn: bool = False,
+    *,
+    verify: bool = False,
+    core: str | None = None,
 ) -> nn.Module:
     """Let ``model`` take shards that ``split_for_sequence_parallel`` made; return it.
 
     Every layer that mixes tokens, or takes values from positions, then sees the whole sequence of
     its group. Documents are found by ``position_ids`` or ``cu_seq_lens_q`` in any case, so
     ``use_varlen_attn`` changes nothing. ``core`` names an attention core to take everywhere.
+    ``verify`` compares loss and gradients of a small copy on one process and on the group first;
+    all ranks must ask for it.
 
     The model is called as before, with whole attention masks and shifted labels, and cannot
     generate. Raises UnsupportedModelError, with the classes seen, when any layer of it cannot be
@@ -53,6 +59,10 @@ def dispatch_modules(
         raise ValueError(f"no attention core {core!r}; there are {', '.join(CORES)}")
     parallel = sequence_parallel()
     target = _target(model)
+    if verify:
+        from seq1f1b.ulysses.verify import verify as run  # which dispatches models itself
+
+        run(target, parallel)
     doors = vars(target)[_MARK].doors if _MARK in vars(target) else find_doors(target)
     mend(target)
     install_configs(target, doors.implementation)

@@ -55,7 +55,7 @@ def find_doors(model: nn.Module) -> Doors:
             f"be shared out"
         )
     key = type(model), fingerprint(config) if config is not None else ""
-    small = _small_model(model) if hasattr(config, "to_dict") else None
+    small = small_model(model) if hasattr(config, "to_dict") else None
     if small is None:
         if any(p.is_meta for p in model.parameters()):
             raise UnsupportedModelError(
@@ -82,7 +82,7 @@ def _try_all(model: nn.Module) -> Doors:
 def _try(model: nn.Module, implementation: str) -> Doors:
     """Probe the model through the doors that stand open with one attention implementation."""
     signature = Signature.read(model)
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
 
     def forward(ids: Tensor, positions: Tensor, run: Run, **more: Any) -> Any:
         arguments = {
@@ -166,7 +166,7 @@ def install_loss(model: Any) -> None:
         model.loss_function = shifted_loss
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
     """Return how many tokens the model knows."""
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     config = getattr(model, "config", None)
@@ -177,7 +177,7 @@ def _vocabulary(model: nn.Module) -> int:
     return int(size if size is not None else embedding.num_embeddings)  # type: ignore[union-attr]
 
 
-def _small_model(model: Any) -> nn.Module | None:
+def small_model(model: Any) -> nn.Module | None:
     """Return a small model with the same classes of modules; None if there is none to be had."""
     config = model.config
     implementation = config._attn_implementation

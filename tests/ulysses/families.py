@@ -51,7 +51,11 @@ def _defaults(model_type: str) -> dict[str, Any]:
         "hunyuan_v1_dense": {"head_dim": 16},
         "hunyuan_v1_moe": {"head_dim": 16},
         "ministral": {"head_dim": 16},
-        "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+        "lfm2_moe": {
+            "layer_types": ["conv", "full_attention"],
+            "num_hidden_layers": 2,
+            "num_dense_layers": 1,
+        },
         "nemotron": {"num_key_value_heads": 8, "head_dim": 16},
     }.get(model_type, {})
 
@@ -74,7 +78,7 @@ _AS_THEY_COME = """
 afmoe apertus arcee bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3
 diffllama ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text
 gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite granitemoe
-granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jetmoe lfm2 lfm2_moe
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jetmoe lfm2_moe
 llama llama4_text minicpm3 minimax_m2 ministral mistral mixtral nanochat nemotron olmo
 olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2
@@ -83,6 +87,8 @@ vaultgemma
 
 FAMILIES: dict[str, Family] = {
     **{name: Family(name) for name in _AS_THEY_COME.split()},
+    "starcoder2, windows": Family("starcoder2", {"sliding_window": 7}),
+    "lfm2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "falcon": Family("falcon", implementation="sdpa"),
     "gemma3n_text": Family("gemma3n_text", {"activation_sparsity_pattern": [0.0] * 10}),
     "granitemoehybrid": Family("granitemoehybrid", {"layer_types": ["attention"] * 2}),

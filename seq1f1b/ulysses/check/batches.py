@@ -1,6 +1,6 @@
 """Batches that a check tries: plain rows, packed documents, padding on either side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class Batch:
     position_ids: Tensor
     attention_mask: Tensor | None
     documents: tuple[tuple[tuple[int, int], ...], ...]
+
+    def to(self, device: str) -> "Batch":
+        """Return the batch on another device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+        )
 
     @property
     def is_packed(self) -> bool:
