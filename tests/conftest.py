@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# What `seq1f1b calibrate` has written about this machine is no part of the tests.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="seq1f1b-tests-")
 
 import hypothesis
 import pytest
