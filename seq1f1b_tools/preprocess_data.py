@@ -104,6 +104,9 @@ def run(args: argparse.Namespace, other_flags: Sequence[str]) -> None:
 
     if len(set(args.json_keys)) < len(args.json_keys):
         raise SettingError(f"--json-keys {' '.join(args.json_keys)}: a key stands there twice")
+    for key in args.json_keys:
+        if "/" in key or "\0" in key:
+            raise SettingError(f"--json-keys {key}: is part of a file's name, which has no /")
     files, remarks = find_inputs(args.input)
     for remark in remarks:
         print(remark, file=sys.stderr)

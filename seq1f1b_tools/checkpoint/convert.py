@@ -30,6 +30,7 @@ from seq1f1b_tools.whole_folder import FolderError, whole_folder
 
 FLAGS_FILE = "megatron_flags.txt"
 _GIB = 1 << 30
+_MOST_GIB = 1e6
 _MTP = "mtp."
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -150,6 +151,8 @@ def megatron_to_hf(
 ) -> None:
     """Make a Hugging Face folder of the latest checkpoint in a folder."""
     with _reported():
+        if not max_shard_gib <= _MOST_GIB:  # nor is NaN
+            raise ConversionError(f"--max-shard-gib {max_shard_gib} is not a size")
         like = folder_of(hf_config, revision, with_weights=False)
         shape = read_shape(like)
         checkpoint = Checkpoint(megatron)

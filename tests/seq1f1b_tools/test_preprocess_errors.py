@@ -76,6 +76,7 @@ def test_settings_that_cannot_work(tmp_path, gpt2_flags, tokenizer_folder, capsy
         ([*given, *hugging_face, "--tokenizer-model", tmp_path], ["--tokenizer-model", "loaded"]),
         ([*given, "--tokenizer-type", "Unheard"], ["--tokenizer-type Unheard", "NullTokenizer"]),
         ([*given, *gpt2_flags, "--json-keys", "content", "content"], ["--json-keys", "twice"]),
+        ([*given, *gpt2_flags, "--json-keys", "../x"], ["--json-keys ../x", "has no /"]),
         ([*given, *gpt2_flags, "--output-prefix", tmp_path / "file/x"], ["--output-prefix"]),
     ]
     for flags, parts in cases:

@@ -278,6 +278,17 @@ def test_a_type_that_is_asked_for(models, to_megatron, tmp_path, dtype):
     assert settings["dtype"] == dtype
 
 
+@pytest.mark.parametrize("size", ["inf", "nan", "1e400"])
+def test_a_shard_has_a_size(models, checkpoints, tmp_path, size):
+    run = convert(
+        *("megatron-to-hf", "--megatron", checkpoints["llama"]),
+        *("--hf-config", models["llama"][0], "--output", tmp_path / "out"),
+        *("--max-shard-gib", size),
+    )
+    assert run.exit_code == 2
+    assert "--max-shard-gib" in run.stderr
+
+
 def test_a_type_that_is_asked_for_on_the_way_back(models, checkpoints, tmp_path):
     like = shutil.copytree(models["llama"][0], tmp_path / "like")
     found = back(checkpoints["llama"], like, tmp_path / "out", "--dtype", "bfloat16")
