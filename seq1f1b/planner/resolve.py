@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from seq1f1b.planner.arguments import Arguments, options
+from seq1f1b.planner.arguments import Arguments
 from seq1f1b.planner.catalogue import ScheduleName, by_shape
 from seq1f1b.planner.errors import SettingError
+from seq1f1b.planner.faults import length_faults, missing, model_faults, not_positive
 from seq1f1b.planner.layout import LayoutError, deal, num_chunks_of
-from seq1f1b.planner.model import expert_pattern, model_of
+from seq1f1b.planner.model import model_of
 from seq1f1b.planner.setting import DEFAULT_CHUNKS, DEFAULT_SPLITS, Recompute, Setting
 from seq1f1b.sequence import PartitionError
 
@@ -30,10 +31,10 @@ def resolve(
     """
     assumed: list[str] = []
     arguments = _with_defaults(values, assumed)
-    faults = [*_missing(arguments), *_not_positive(arguments)]
+    faults = [*missing(arguments), *not_positive(arguments)]
     if faults:
         raise SettingError(faults)
-    faults = list(_model_faults(arguments))
+    faults = list(model_faults(arguments))
     if faults:
         raise SettingError(faults)
     return _Resolver(arguments, num_gpus, schedule, assumed, values).setting()
@@ -58,80 +59,6 @@ def _with_defaults(values: Mapping[str, Any], assumed: list[str]) -> Arguments:
     if a.recompute_activations and a.recompute_granularity is None:
         a = replace(a, recompute_granularity="selective")
     return a
-
-
-def _missing(a: Arguments) -> Iterator[str]:
-    for name, flag in (
-        ("num_layers", "--num-layers"),
-        ("hidden_size", "--hidden-size"),
-        ("num_attention_heads", "--num-attention-heads"),
-        ("seq_length", "--seq-length"),
-    ):
-        if getattr(a, name) is None:
-            yield f"{flag}: required (or name a model with --model)"
-
-
-def _not_positive(a: Arguments) -> Iterator[str]:
-    for option in options():
-        value = getattr(a, option.name)
-        if option.type is int and isinstance(value, int) and value < 1:
-            yield f"{option.flags[0]} {value}: must be at least 1"
-    for flag, value in (
-        ("--hidden-dropout", a.hidden_dropout),
-        ("--attention-dropout", a.attention_dropout),
-    ):
-        if not 0 <= value < 1:
-            yield f"{flag} {value}: must be from 0 to below 1"
-
-
-def _model_faults(a: Arguments) -> Iterator[str]:
-    """Yield what Megatron would refuse of the model alone."""
-    heads, hidden = a.num_attention_heads or 1, a.hidden_size or 1
-    if a.kv_channels is None and not a.multi_latent_attention and hidden % heads:
-        yield (
-            f"--num-attention-heads {heads}: does not divide --hidden-size {hidden}; "
-            "give --kv-channels"
-        )
-    if a.group_query_attention and heads % a.num_query_groups:
-        yield f"--num-query-groups {a.num_query_groups}: does not divide {heads} attention heads"
-    if a.group_query_attention and a.multi_latent_attention:
-        yield "--group-query-attention: cannot go with --multi-latent-attention"
-    if a.fp16 and a.bf16:
-        yield "--fp16 and --bf16: choose one"
-    if a.seq_length and a.max_position_embeddings and a.max_position_embeddings < a.seq_length:
-        yield (
-            f"--max-position-embeddings {a.max_position_embeddings}: below --seq-length "
-            f"{a.seq_length}"
-        )
-    if a.mtp_num_layers and a.position_embedding_type not in ("rope", "none"):
-        yield "--mtp-num-layers: needs --position-embedding-type rope or none"
-    if a.optimizer not in ("adam", "sgd"):
-        yield f"--optimizer {a.optimizer}: only the states of adam and sgd are modelled"
-    if a.num_experts:
-        if a.moe_router_topk > a.num_experts:
-            yield f"--moe-router-topk {a.moe_router_topk}: there are {a.num_experts} experts"
-        try:
-            expert_pattern(a.moe_layer_freq, a.num_layers or 1)
-        except ValueError as error:
-            yield f"--moe-layer-freq: {error}"
-    yield from _recompute_faults(a)
-
-
-def _recompute_faults(a: Arguments) -> Iterator[str]:
-    if a.recompute_granularity == "full":
-        if a.recompute_method is None:
-            yield "--recompute-granularity full: needs --recompute-method uniform or block"
-        if a.recompute_num_layers is None:
-            yield "--recompute-granularity full: needs --recompute-num-layers"
-        if a.recompute_modules is not None:
-            yield "--recompute-modules: goes with --recompute-granularity selective only"
-    elif a.recompute_method is not None or a.recompute_num_layers is not None:
-        yield (
-            "--recompute-method and --recompute-num-layers: go with --recompute-granularity full "
-            "only"
-        )
-    if a.recompute_granularity is None and a.recompute_modules is not None:
-        yield "--recompute-modules: needs --recompute-granularity selective"
 
 
 class _Resolver:
@@ -196,7 +123,7 @@ class _Resolver:
     def _num_splits(self) -> int:
         given, lengths = self.a.seq1f1b_splits, self.a.seq1f1b_lengths
         if lengths is not None:
-            self.faults += _length_faults(self.a, lengths)
+            self.faults += length_faults(self.a, lengths)
             return len(lengths)
         if given is not None:
             return int(given)
@@ -356,16 +283,6 @@ class _Resolver:
                 f"--global-batch-size: {micro_batches} micro-batches a step; Megatron's "
                 f"interleaved schedule needs a multiple of {group}, the number of stages"
             )
-
-
-def _length_faults(a: Arguments, lengths: tuple[int, ...]) -> Iterator[str]:
-    words = f"--seq1f1b-lengths {' '.join(map(str, lengths))}"
-    if sum(lengths) != a.seq_length:
-        yield f"{words}: sum to {sum(lengths)}, not to --seq-length {a.seq_length}"
-    if min(lengths) < 1:
-        yield f"{words}: must be positive"
-    if a.seq1f1b_splits is not None and int(a.seq1f1b_splits) != len(lengths):
-        yield f"{words}: {len(lengths)} lengths for {a.seq1f1b_splits} splits"
 
 
 def _trained_schedule(a: Arguments) -> ScheduleName | None:

@@ -7,7 +7,7 @@ from functools import partial
 
 from seq1f1b.planner.candidates import ERROR, Candidate, candidates
 from seq1f1b.planner.catalogue import ScheduleName
-from seq1f1b.planner.cuts import fastest_cut
+from seq1f1b.planner.cuts import capped_cuts, fastest_cut
 from seq1f1b.planner.memory import GIB, trace_fullest
 from seq1f1b.planner.problem import Plan, Problem, Row
 from seq1f1b.planner.setting import Setting
@@ -118,10 +118,28 @@ def _traced(problem: Problem, steps: list[StepTime]) -> tuple[list[Row], list[Ro
         (rows if row.peak_gib <= problem.limit_gib else overfull).append(row)
         if sum(not is_tight(problem, one) for one in rows) == _KEPT:
             break
+    rows += _capped(problem, overfull)
     if rows:
         fastest = min(row.step.seconds for row in rows)
         rows.sort(key=lambda row: _rank(problem, row, fastest))
     return rows, overfull
+
+
+def _capped(problem: Problem, overfull: list[Row]) -> Iterator[Row]:
+    """Yield the fastest of those that do not fit, cut into more similar lengths that do.
+
+    Unequal lengths fragment memory and make the first sub-sequence the largest.
+    """
+    if _CUTS.intersection(problem.values):
+        return
+    for row in overfull[:_REFINED]:
+        if row.setting.num_splits == 1:
+            continue
+        for lengths in capped_cuts(row.setting):
+            capped = evaluate(problem, row.setting.with_cuts(lengths))
+            if capped.peak_gib <= problem.limit_gib:
+                yield capped
+                break
 
 
 def _rank(problem: Problem, row: Row, fastest: float) -> tuple[bool, int, float]:
