@@ -37,6 +37,9 @@ CASES = {
 }
 
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+
 @pytest.fixture(scope="module")
 def plans():
     return {

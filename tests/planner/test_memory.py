@@ -131,6 +131,7 @@ def test_tensor_and_context_parallelism_share_activations():
     assert context == pytest.approx(alone / 2, rel=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", presets())
 def test_every_model_is_traced_with_and_without_sub_sequences(name):
     options = model_options(name) | {

@@ -68,6 +68,7 @@ def test_each_row_says_why_it_loses(plan):
         assert "slower: " in text or text.startswith("as fast")
 
 
+@pytest.mark.long
 def test_options_that_are_given_stay():
     fixed = {
         "tensor_model_parallel_size": 4,
@@ -145,6 +146,7 @@ def test_unequal_work_is_warned_of_with_the_flag():
     assert any("--seq1f1b-balance-method average" in text for text in warnings(given, row.step))
 
 
+@pytest.mark.long
 def test_nothing_fits_says_by_how_much_and_what_would_help():
     given = problem("llama-3-70b", 8, "rtx-4090")
     plan = search(given)
@@ -199,6 +201,7 @@ def test_the_question_is_answered_by_one_command():
     assert max(map(len, table)) <= 80
 
 
+@pytest.mark.long
 def test_json_is_json_alone():
     answer = json.loads(run(*QUESTION, "--json", "--rows", "3", "--lr", "1"))
     assert len(answer["settings"]) == 3
