@@ -65,9 +65,9 @@ def read_index(prefix: str | Path) -> DataFiles:
 
 def _arrays(index: Path, start: int, sequences: int, indices: int) -> tuple[Any, Any, Any]:
     """Map lengths, pointers and the documents' first sequences."""
-    found = []
-    for dtype, count in (("<i4", sequences), ("<i8", sequences), ("<i8", indices)):
-        dtype = np.dtype(dtype)
+    found: list[Any] = []
+    for code, count in (("<i4", sequences), ("<i8", sequences), ("<i8", indices)):
+        dtype = np.dtype(code)
         if count:
             found.append(np.memmap(index, dtype, "r", start, (count,)))
         else:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from seq1f1b.schedule import Action, Kind, Schedule
 
+Device = torch.device | str | int
+
 
 class LinkError(RuntimeError):
     """An exchange with another rank failed; the message names the rank."""
@@ -71,7 +73,7 @@ class PointToPoint:
         groups: Mapping[Channel, dist.ProcessGroup],
         shape: Callable[[Action], tuple[int, ...]],
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Device,
     ) -> None:
         self._schedule = schedule
         self._stage = stage
@@ -138,7 +140,7 @@ class StagedPointToPoint(PointToPoint):
         return staged
 
 
-def point_to_point(group: dist.ProcessGroup, device: torch.device | str) -> type[PointToPoint]:
+def point_to_point(group: dist.ProcessGroup, device: Device) -> type[PointToPoint]:
     """Return the kind of links that ``group`` can make between tensors on ``device``."""
     is_staged = torch.device(device).type == "cuda" and dist.get_backend(group) == "gloo"
     return StagedPointToPoint if is_staged else PointToPoint
@@ -148,7 +150,7 @@ def connect(
     groups: Mapping[Channel, dist.ProcessGroup],
     stage: int,
     ranks: Sequence[int],
-    device: torch.device | str,
+    device: Device,
 ) -> None:
     """Exchange one number over every link, one link after the other; all stages must call.
 
@@ -170,9 +172,7 @@ def connect(
 
 
 class _Arriving:
-    def __init__(
-        self, work: dist.Work, buffer: Tensor, device: torch.device | str, rank: int
-    ) -> None:
+    def __init__(self, work: dist.Work, buffer: Tensor, device: Device, rank: int) -> None:
         self._work = work
         self._buffer = buffer
         self._device = device

@@ -245,6 +245,12 @@ def _predicts_ahead_of_the_last_stage(arguments: Arguments) -> bool:
     return layout.validate_layer_layout(args.num_layers, args.mtp_num_layers)
 
 
+def _not_with_packing(arguments: Arguments) -> str:
+    packing = arguments.settings.packing
+    assert packing is not None
+    return f"cannot go with {packing.flag}: leave one of them out"
+
+
 def _defers_biases(arguments: Arguments) -> bool:
     args = arguments.args
     has_biases = args.add_bias_linear or args.add_qkv_bias
@@ -430,13 +436,13 @@ TABLE: tuple[Refusal, ...] = (
     Refusal(
         "--context-parallel-size",
         lambda a: a.args.context_parallel_size > 1,
-        lambda a: f"cannot go with {a.settings.packing.flag}: leave one of them out",
+        _not_with_packing,
         Scope.PACKED,
     ),
     Refusal(
         "--mtp-num-layers",
         _set("mtp_num_layers"),
-        lambda a: f"cannot go with {a.settings.packing.flag}: leave one of them out",
+        _not_with_packing,
         Scope.PACKED,
     ),
 )

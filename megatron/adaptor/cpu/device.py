@@ -149,11 +149,11 @@ class Event:
 _STREAM = Stream()
 
 
-def _stream_context(stream: Stream | None) -> contextlib.AbstractContextManager:
+def _stream_context(stream: Stream | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext(stream)
 
 
-def _device_context(device: Any) -> contextlib.AbstractContextManager:
+def _device_context(device: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
@@ -215,7 +215,7 @@ def _properties(device: Any = None) -> types.SimpleNamespace:
     )
 
 
-def _compile(model: Callable | None = None, **kwargs: Any) -> Callable:
+def _compile(model: Callable[..., Any] | None = None, **kwargs: Any) -> Callable[..., Any]:
     """``torch.compile`` that leaves a function, or the function it decorates, as it is."""
     return (lambda function: function) if model is None else model
 
@@ -237,7 +237,7 @@ def on_cpu(device: Any) -> Any:
     return torch.device("cpu") if is_cuda else device
 
 
-def _factory(function: Callable) -> Callable:
+def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with ``device=`` on the CPU and without pinned memory."""
 
     @functools.wraps(function)
@@ -251,7 +251,7 @@ def _factory(function: Callable) -> Callable:
     return create
 
 
-def _to(function: Callable) -> Callable:
+def _to(function: Callable[..., Any]) -> Callable[..., Any]:
     """``Tensor.to``, whose device may also be its first positional argument."""
 
     @functools.wraps(function)
@@ -265,7 +265,7 @@ def _to(function: Callable) -> Callable:
     return to
 
 
-def _type(function: Callable) -> Callable:
+def _type(function: Callable[..., Any]) -> Callable[..., Any]:
     """``Tensor.type``, which names a tensor on the CPU as if it were on the GPU.
 
     Megatron's optimizers compare these names to tell parameters by their precision.
@@ -283,7 +283,7 @@ def _type(function: Callable) -> Callable:
     return type_
 
 
-def _load(function: Callable) -> Callable:
+def _load(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def load(file: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         return function(file, on_cpu(map_location), *args, **kwargs)
@@ -291,7 +291,7 @@ def _load(function: Callable) -> Callable:
     return load
 
 
-def _device_context_init(function: Callable) -> Callable:
+def _device_context_init(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def init(self: Any, device: Any) -> None:
         function(self, on_cpu(device))
@@ -299,7 +299,7 @@ def _device_context_init(function: Callable) -> Callable:
     return init
 
 
-def _data_loader_init(function: Callable) -> Callable:
+def _data_loader_init(function: Callable[..., Any]) -> Callable[..., Any]:
     """A loader that neither pins memory nor draws from the generator that stands for CUDA's.
 
     Only one rank of a tensor-parallel group loads data. If loading drew a random number from the

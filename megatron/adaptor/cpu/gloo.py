@@ -35,7 +35,8 @@ def share_device() -> None:
     A device is a thread that wakes up a hundred times a second. Megatron makes dozens of groups,
     and a device for each of them takes a tenth of a core.
     """
-    create, devices = dist.ProcessGroupGloo.__init__, list[Any]()
+    gloo: Any = dist.ProcessGroupGloo
+    create, devices = gloo.__init__, list[Any]()
 
     @functools.wraps(create)
     def create_on_device(
@@ -48,21 +49,21 @@ def share_device() -> None:
         if not devices:
             names = os.environ.get("GLOO_SOCKET_IFNAME")
             devices.extend(
-                [dist.ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+                [gloo.create_device(interface=name) for name in names.split(",")]
                 if names
-                else [dist.ProcessGroupGloo.create_default_device()]
+                else [gloo.create_default_device()]
             )
         options = timeout
         if isinstance(timeout, datetime.timedelta):
-            options = dist.ProcessGroupGloo._Options()
+            options = gloo._Options()
             options._devices, options._timeout = devices, timeout
         create(group, store, rank, size, options)
 
-    dist.ProcessGroupGloo.__init__ = create_on_device
+    gloo.__init__ = create_on_device
 
 
 @functools.cache
-def replacements() -> dict[str, Callable]:
+def replacements() -> dict[str, Callable[..., Any]]:
     """The functions of ``torch.distributed`` to replace, by name."""
     return {
         "init_process_group": _on_gloo(dist.init_process_group, 0, default="gloo"),
@@ -75,7 +76,9 @@ def replacements() -> dict[str, Callable]:
     }
 
 
-def _on_gloo(function: Callable, position: int, default: str | None = None) -> Callable:
+def _on_gloo(
+    function: Callable[..., Any], position: int, default: str | None = None
+) -> Callable[..., Any]:
     """A creator of process groups, whose ``backend`` is the ``position``-th argument."""
 
     def gloo(backend: str | None) -> str | None:
@@ -95,7 +98,7 @@ def _on_gloo(function: Callable, position: int, default: str | None = None) -> C
     return create
 
 
-def _barrier(function: Callable) -> Callable:
+def _barrier(function: Callable[..., Any]) -> Callable[..., Any]:
     """``barrier`` without the device that NCCL wants to be told."""
 
     @functools.wraps(function)
@@ -105,7 +108,7 @@ def _barrier(function: Callable) -> Callable:
     return barrier
 
 
-def _all_reduce(function: Callable) -> Callable:
+def _all_reduce(function: Callable[..., Any]) -> Callable[..., Any]:
     """``all_reduce`` that averages: divide first, then sum, which asynchronous calls allow too.
 
     Megatron reduces over groups of one rank as well, several times in every forward; gloo takes a
@@ -126,7 +129,7 @@ def _all_reduce(function: Callable) -> Callable:
     return all_reduce
 
 
-def _reduce_scatter(function: Callable) -> Callable:
+def _reduce_scatter(function: Callable[..., Any]) -> Callable[..., Any]:
     """``reduce_scatter_tensor`` that averages; its input is not its result, so it is copied."""
 
     @functools.wraps(function)
@@ -145,7 +148,7 @@ def _reduce_scatter(function: Callable) -> Callable:
     return reduce_scatter
 
 
-def _all_to_all(function: Callable) -> Callable:
+def _all_to_all(function: Callable[..., Any]) -> Callable[..., Any]:
     """``all_to_all_single`` with split sizes as lists.
 
     Megatron turns them into lists when it moves them off the GPU, and they never were on one.

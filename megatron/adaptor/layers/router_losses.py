@@ -114,7 +114,7 @@ class RouterLosses:
         before = None if bias_counts is None else bias_counts.clone()
         with torch.enable_grad():
             results = original(router, logits.detach(), padding_mask)
-        if before is not None:  # the recomputation counts them
+        if bias_counts is not None and before is not None:  # the recomputation counts them
             bias_counts.copy_(before)
         return tuple(result.detach() for result in results)
 

@@ -44,7 +44,8 @@ class MetricsFile:
         """Move the lines of ``iteration`` and later ones out of the file."""
         if not self._path.exists():
             return
-        kept, moved = [], []
+        kept: list[str] = []
+        moved: list[str] = []
         for line in self._path.read_text(errors="replace").splitlines():
             (kept if _iteration(line) < iteration else moved).append(line + "\n")
         if not moved:

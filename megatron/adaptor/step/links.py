@@ -1,6 +1,6 @@
 """Process groups between the stages of a pipeline, and a step's point-to-point links over them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +33,8 @@ def make_links(pipeline: Any, *, interleaved: bool, timeout: timedelta | None) -
     for channel in ALL_CHANNELS if interleaved else ONE_CHUNK:
         links[channel], _ = torch.distributed.new_subgroups_by_enumeration(each, timeout=timeout)
     is_staged = torch.distributed.get_backend(pipeline) == "gloo"
-    connect(links, pipeline.rank(), own, "cpu" if is_staged else torch.cuda.current_device())
+    device = "cpu" if is_staged else torch.cuda.current_device()
+    connect(links, pipeline.rank(), own, device)
     return links
 
 
@@ -59,7 +60,7 @@ def transport(
     """
     device = torch.cuda.current_device()
 
-    def shape(action: Action) -> Sequence[int]:
+    def shape(action: Action) -> tuple[int, ...]:
         length = plan.cuts[action.micro_batch][action.sub_sequence].length
         return length // num_shares, micro_batch_size, hidden_size
 
