@@ -27,6 +27,16 @@ def test_weight_gradients_wait_for_their_action(workers, kind):
     check(workers, 2, cases)
 
 
+@pytest.mark.parametrize("kind", ["auto", "1f1b", "zb-h1"])
+def test_reduction_of_a_weight_that_is_embedding_and_output(workers, kind):
+    """Its gradient comes from two layers of one rank, of which one adds to the buffer itself."""
+    tied = Case(1, 3, 1, kind=kind, positions="learned_absolute", tied=True, replicas=2)
+    cases = [replace(tied, ddp=_OVERLAPPED)]
+    if kind != "auto":
+        cases.append(replace(tied, num_splits=3, ddp=_OVERLAPPED))
+    check(workers, 2, cases)
+
+
 @pytest.mark.parametrize("kind", ["1f1b", "zb-h1"])
 def test_reduction_starts_with_the_last_gradient(workers, kind):
     check(workers, 4, [replace(_CASE, kind=kind, replicas=2, ddp=_OVERLAPPED)])

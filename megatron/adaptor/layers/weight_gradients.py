@@ -78,7 +78,10 @@ def _mark_done(main_grad: Tensor) -> None:
     owner = getattr(main_grad, "owner", None)
     if owner is not None:
         owner.grad_added_to_main_grad = True
-        owner.grad = torch.empty_like(owner)  # hooks for overlapped reduction want to see one
+        if owner.grad is None:  # hooks for overlapped reduction want to see one
+            # A weight that is an embedding too adds its other gradient to this one.
+            is_added_to = getattr(owner, "zero_out_wgrad", False)
+            owner.grad = torch.zeros_like(owner) if is_added_to else torch.empty_like(owner)
 
 
 def _accumulate(inputs: Tensor, gradient: Tensor, main_grad: Tensor) -> None:
