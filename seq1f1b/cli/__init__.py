@@ -10,13 +10,15 @@ from seq1f1b.cli.memory import memory
 from seq1f1b.cli.plan import plan
 from seq1f1b.cli.simulate import simulate
 from seq1f1b.cli.timeline import timeline
+from seq1f1b.cli.training import copy_cfg, list_cfg, train
 from seq1f1b.cli.ulysses import app as ulysses
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Plan pipeline schedules, and train on long sequences.",
+    help="Plan pipeline schedules and training settings, and train Hugging Face models on long "
+    "sequences.",
 )
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(plan)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
@@ -26,6 +28,9 @@ app.command(cls=MegatronCommand, context_settings=CONTEXT)(timeline)
 app.command()(calibrate)
 app.command()(models)
 app.command("gpus")(list_gpus)
+app.command("list-cfg")(list_cfg)
+app.command("copy-cfg")(copy_cfg)
+app.command()(train)
 app.add_typer(ulysses, name="ulysses")
 
 __all__ = ["app"]

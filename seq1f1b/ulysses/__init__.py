@@ -5,6 +5,7 @@ from seq1f1b.ulysses.dispatch import dispatch_modules
 from seq1f1b.ulysses.errors import CallError, UnsupportedModelError
 from seq1f1b.ulysses.labels import shift_labels
 from seq1f1b.ulysses.loss import reduce_sequence_parallel_loss
+from seq1f1b.ulysses.memory.subsequences import backward_in_subsequences
 from seq1f1b.ulysses.mesh import (
     get_data_parallel_group,
     get_data_parallel_rank,
@@ -21,6 +22,7 @@ __all__ = [
     "CallError",
     "SequenceParallelSampler",
     "UnsupportedModelError",
+    "backward_in_subsequences",
     "dispatch_modules",
     "get_data_parallel_group",
     "get_data_parallel_rank",

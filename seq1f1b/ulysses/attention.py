@@ -1,14 +1,17 @@
 """Attention over the whole group's rows, from each rank's shard of them."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from seq1f1b.ulysses.cores import Options, Scope, attend, choose_core
+from seq1f1b.ulysses.cores import Core, Options, Scope, attend, choose_core
+from seq1f1b.ulysses.memory.carry import CarriedWork, attend_with_carry
+from seq1f1b.ulysses.memory.one_by_one import OneByOne, attend_one_by_one, make_rounds
 from seq1f1b.ulysses.rows import Pattern
 from seq1f1b.ulysses.run import Run, each_alone
-from seq1f1b.ulysses.units import Block, Unit
+from seq1f1b.ulysses.units import Block, Unit, WorkPlan, held_keys
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Scoring:
 
 def group_attention(
     run: Run,
+    layer: Hashable,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -32,32 +36,30 @@ def group_attention(
     """Attend from the shard's tokens to what ``pattern`` lets them see of the group's rows.
 
     query ``[b, heads, shard, k dim]``, key ``[b, kv heads, shard, k dim]``, value
-    ``[b, kv heads, shard, v dim]``, sinks ``[heads]`` or None. Returns
-    ``[b, heads, shard, v dim]``. All ranks of the group must call it alike.
+    ``[b, kv heads, shard, v dim]``, sinks ``[heads]`` or None; ``layer`` tells layers apart.
+    Returns ``[b, heads, shard, v dim]``. All ranks of the group must call it alike.
     """
     run.num_mixed += 1
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     if run.is_closed:
         return each_alone(value.repeat_interleave(num_heads // num_kv_heads, dim=1), query, key)
-    pattern = run.rows.simplify(pattern)
-    plan = run.plan(num_heads, num_kv_heads, pattern)
-    seed = int(torch.randint(2**62, ())) if scoring.dropout else 0
-    options = Options(scoring.scale, scoring.softcap, scoring.dropout, seed)
+    work = _Work(run, run.rows.simplify(pattern), scoring)
+    plan = run.plan(num_heads, num_kv_heads, work.pattern)
+    if run.carry is not None:
+        return _with_carry(work, plan, layer, query, key, value, sinks)
     if run.parallel.size == 1:
         (unit,) = plan.units[0]
-        return _compute(run, unit, query, key, value, sinks, pattern, options)
+        return work.compute(unit, query, key, value, sinks)
+    if run.choices.unit_at_a_time:
+        rounds = make_rounds(plan, run.parallel.rank)
+        by_round = OneByOne(run.exchange, rounds, work.scope, work.options, work.core)
+        return attend_one_by_one(by_round, query, key, value, sinks)
     routes = plan.queries, plan.keys, plan.keys
     (queries, keys, values), token = run.exchange.to_blocks((query, key, value), routes)
+    held = plan.keys[run.parallel.rank]
     outputs = [
-        _compute(
-            run,
-            unit,
-            q,
-            _heads_of(keys, plan.keys[run.parallel.rank], unit.keys),
-            _heads_of(values, plan.keys[run.parallel.rank], unit.keys),
-            None if sinks is None else sinks[unit.queries.head : unit.queries.end],
-            pattern,
-            options,
+        work.compute(
+            unit, q, _heads_of(keys, held, unit.keys), _heads_of(values, held, unit.keys), sinks
         )
         for unit, q in zip(plan.units[run.parallel.rank], queries, strict=True)
     ]
@@ -65,21 +67,69 @@ def group_attention(
     return run.exchange.to_rows(outputs, plan.queries, shape, token)
 
 
-def _compute(
-    run: Run,
-    unit: Unit,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+class _Work:
+    """How the units of one layer are computed."""
+
+    def __init__(self, run: Run, pattern: Pattern, scoring: Scoring) -> None:
+        self.run, self.pattern, self._scoring = run, pattern, scoring
+        self._seed = int(torch.randint(2**62, ())) if scoring.dropout else 0
+
+    def scope(self, unit: Unit) -> Scope:
+        """Return which queries look at which keys."""
+        rows = unit.queries.start, unit.queries.stop
+        return Scope(self.run.rows, self.pattern, *rows, unit.keys.start)
+
+    def options(self, unit: Unit) -> Options:
+        """Return how scores become weights; units drop different ones."""
+        scoring = self._scoring
+        seed = self._seed + unit.queries.head
+        return Options(scoring.scale, scoring.softcap, scoring.dropout, seed)
+
+    def core(
+        self, q: Tensor, v: Tensor, sinks: Tensor | None, scope: Scope, options: Options
+    ) -> Core:
+        """Return what computes a unit."""
+        return choose_core(self.run.choices.core, q, v, sinks, scope, options)
+
+    def compute(self, unit: Unit, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        """Return a unit's output; ``sinks`` are those of all heads."""
+        own = None if sinks is None else sinks[unit.queries.head : unit.queries.end]
+        scope, options = self.scope(unit), self.options(unit)
+        return attend(self.core(q, v, own, scope, options), q, k, v, own, scope, options)
+
+
+def _with_carry(
+    work: _Work,
+    plan: WorkPlan,
+    layer: Hashable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     sinks: Tensor | None,
-    pattern: Pattern,
-    options: Options,
 ) -> Tensor:
-    scope = Scope(run.rows, pattern, unit.queries.start, unit.queries.stop, unit.keys.start)
-    if options.dropout:
-        options = replace(options, seed=options.seed + unit.queries.head)
-    core = choose_core(run.core, q, v, sinks, scope, options)
-    return attend(core, q, k, v, sinks, scope, options)
+    """Attend from one sub-sequence to itself and to those before it."""
+    run, rank = work.run, work.run.parallel.rank
+    assert run.carry is not None
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    held = held_keys(num_heads, num_kv_heads, run.parallel.size, run.part)
+    queries, keys, values, token = [query], key, value, query.new_zeros(())
+    if run.parallel.size > 1:
+        tensors, routes = (query, key, value), (plan.queries, held, held)
+        (queries, (keys,), (values,)), token = run.exchange.to_blocks(tensors, routes)
+    carried = CarriedWork(
+        run.carry.layer(layer, keys, values),
+        run.part,
+        held[rank][0],
+        plan.units[rank],
+        work.scope,
+        work.options,
+        work.core,
+    )
+    outputs, extra = attend_with_carry(carried, queries, keys, values, sinks)
+    if run.parallel.size == 1:
+        return outputs[0] + extra
+    shape = query.shape[0], num_heads, value.shape[3]
+    return run.exchange.to_rows(outputs, plan.queries, shape, token + extra)
 
 
 def _heads_of(blocks: list[Tensor], held: tuple[Block, ...], wanted: Block) -> Tensor:

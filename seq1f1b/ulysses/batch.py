@@ -112,7 +112,7 @@ def split_for_sequence_parallel(
             )
         if not isinstance(labels, ShiftedLabels):
             labels = shift_labels(labels, position_ids, cu_seqlens)
-        labels = mark(unmark(labels), _fingerprint(input_ids, labels))
+        labels = mark(unmark(labels), fingerprint(input_ids, labels))
     return tuple(
         None if x is None else _split_one(x, 1, None) for x in (input_ids, labels, position_ids)
     )
@@ -192,7 +192,7 @@ def _split_one(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     return own
 
 
-def _fingerprint(input_ids: Tensor, labels: Tensor) -> Tensor:
+def fingerprint(input_ids: Tensor, labels: Tensor) -> Tensor:
     """Return a number that whole rows with another token or target are unlikely to have."""
     tokens, targets = input_ids.flatten().long(), unmark(labels).flatten().long()
     places = torch.arange(1, tokens.numel() + 1, device=tokens.device)

@@ -53,7 +53,7 @@ def read_call(
     _refuse_generation(arguments)
     mask = _take_mask(arguments, parallel, shape)
     targets = _targets(arguments, shape)
-    _agree(parallel, tokens, mask, targets, arguments)
+    _check_call(parallel, tokens, mask, targets, arguments)
     positions = _positions(signature, arguments, mask, shape, own, parallel.size).to(device)
     lengths = arguments.get("cu_seq_lens_q")
     for name in _LENGTHS:
@@ -120,10 +120,7 @@ def _targets(arguments: dict[str, Any], shape: torch.Size) -> Tensor | None:
     return targets
 
 
-_NAMES = ("sequences", "tokens", "labels", "position_ids", "attention_mask", "rows of tokens")
-
-
-def _agree(
+def _check_call(
     parallel: SequenceParallel,
     tokens: Tensor,
     mask: Tensor | None,
@@ -131,35 +128,44 @@ def _agree(
     arguments: dict[str, Any],
 ) -> None:
     """Raise CallError, on all ranks, unless they were given parts of the same sound rows."""
-    wrong = _first_padded_target(parallel, targets, mask)
-    fingerprint = targets.fingerprint if isinstance(targets, ShiftedLabels) else None
-    numbers = [
-        *tokens.shape[:2],
-        int(targets is not None),
-        int(arguments.get("position_ids") is not None),
-        0 if mask is None else 1 + int(_checksum(mask)),
-        0 if fingerprint is None else int(fingerprint),
-        wrong,
-    ]
-    every = [torch.tensor(numbers, dtype=torch.long, device=tokens.device)]
+    mark = targets.fingerprint if isinstance(targets, ShiftedLabels) else None
+    facts = {
+        "sequences": tokens.shape[0],
+        "tokens": tokens.shape[1],
+        "labels": int(targets is not None),
+        "position_ids": int(arguments.get("position_ids") is not None),
+        "attention_mask": 0 if mask is None else 1 + int(_checksum(mask)),
+        "rows of tokens": 0 if mark is None else int(mark),
+    }
+    wrong = agree(parallel, tokens.device, facts, _first_padded_target(parallel, targets, mask))
+    if wrong >= 0:
+        raise CallError(
+            f"token {wrong} of a row is padding by attention_mask but has a target: give padding "
+            f"the label -100, and pass the mask to pad_for_sequence_parallel too"
+        )
+
+
+def agree(
+    parallel: SequenceParallel, device: torch.device, facts: dict[str, int], own: int = -1
+) -> int:
+    """Return the largest ``own`` of the group's ranks, if they agree about the ``facts``.
+
+    Raises CallError on all ranks if they do not.
+    """
+    every = [torch.tensor([*facts.values(), own], dtype=torch.long, device=device)]
     if parallel.size > 1:
-        (own,) = every
-        every = [torch.empty_like(own) for _ in range(parallel.size)]
-        dist.all_gather(every, own, group=parallel.group)
-    found = [each.tolist() for each in every]
+        mine, every = every[0], [torch.empty_like(every[0]) for _ in range(parallel.size)]
+        dist.all_gather(every, mine, group=parallel.group)
+    found = torch.stack(every).tolist()
     for rank, theirs in enumerate(found):
-        for name, a, b in zip(_NAMES, theirs, found[0], strict=False):
+        for name, a, b in zip(facts, theirs, found[0], strict=False):
             if a != b:
                 raise CallError(
                     f"ranks 0 and {rank} of a sequence-parallel group were given different {name}: "
                     f"all ranks of a group must take the same samples (SequenceParallelSampler), "
                     f"pad and split them alike"
                 )
-        if theirs[-1] >= 0:
-            raise CallError(
-                f"token {theirs[-1]} of a row is padding by attention_mask but has a target: give "
-                f"padding the label -100, and pass the mask to pad_for_sequence_parallel too"
-            )
+    return max(theirs[-1] for theirs in found)
 
 
 def _first_padded_target(

@@ -23,8 +23,9 @@ class Exchange:
     Either direction is one all-to-all for any number of tensors, and each is the other's gradient.
     """
 
-    def __init__(self, parallel: SequenceParallel, shard: int) -> None:
-        self.parallel, self.shard = parallel, shard
+    def __init__(self, parallel: SequenceParallel, shard: int, begin: int = 0) -> None:
+        """``begin`` is the place of rank 0's first row; the other ranks' rows follow."""
+        self.parallel, self.shard, self.begin = parallel, shard, begin
 
     def to_blocks(
         self, tensors: Sequence[Tensor], routes: Sequence[Route]
@@ -119,7 +120,8 @@ class Exchange:
         return [x.to(like.dtype) for x in rows]
 
     def _rows_of(self, rank: int) -> tuple[int, int]:
-        return rank * self.shard, (rank + 1) * self.shard
+        first = self.begin + rank * self.shard
+        return first, first + self.shard
 
     def _all_to_all(
         self, parcels: list[list[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor

@@ -127,7 +127,7 @@ def interface_attention(
     query = scale_queries(module, query, run)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scale, softcap or None, dropout if module.training else 0.0)
-    output = group_attention(run, query, key, value, pattern, scoring, s_aux)
+    output = group_attention(run, id(module), query, key, value, pattern, scoring, s_aux)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seq1f1b.ulysses.causal_loss import is_usual_loss, shifted_loss
+from seq1f1b.ulysses.causal_loss import is_usual_loss, shifted_loss, target_loss
 from seq1f1b.ulysses.errors import UnsupportedModelError
 from seq1f1b.ulysses.interface import NAME, register
 from seq1f1b.ulysses.labels import IGNORED
+from seq1f1b.ulysses.memory.tiled_loss import body_paths, tiled_loss
 from seq1f1b.ulysses.mends import mend
 from seq1f1b.ulysses.mends.sdpa import SdpaDoor
 from seq1f1b.ulysses.mesh import ALONE
@@ -31,11 +32,13 @@ class Doors:
     """How layers of a model reach the group.
 
     implementation: the attention implementation that its configuration must name. loss: who
-    computes the loss.
+    computes the loss. body: the module without which the rest of the model makes logits; None if
+    none was found.
     """
 
     implementation: str
     loss: LossKind
+    body: str | None
 
 
 _known: dict[tuple[type, str], Doors] = {}
@@ -100,30 +103,76 @@ def _try(model: nn.Module, implementation: str) -> Doors:
 
     if not probe(model, vocabulary, forward, make_run):
         raise UnsupportedModelError("no layer was seen that looks at more than one token")
-    return Doors(implementation, _loss_kind(model, vocabulary, forward, make_run))
+    sample = _Sample(model, vocabulary, forward, make_run)
+    kind = sample.loss_kind()
+    return Doors(implementation, kind, sample.body(kind))
 
 
-@torch.no_grad()
-def _loss_kind(
-    model: nn.Module, vocabulary: int, forward: Callable[..., Any], make_run: Callable[..., Run]
-) -> LossKind:
-    """Find out who computes the loss, by asking for it."""
-    device = next(model.parameters()).device
-    ids = (torch.arange(LENGTH, device=device) * 7 % vocabulary)[None]
-    positions = torch.arange(LENGTH, device=device)[None]
-    labels = ids.clone()
-    labels[0, 2:4] = IGNORED
-    run = make_run(ALONE, Rows.read(positions), is_closed=True)
-    try:
-        output = forward(ids, positions, run, labels=labels)
+class _Sample:
+    """A few tokens with labels, on which a model shows how it computes its loss."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vocabulary: int,
+        forward: Callable[..., Any],
+        make_run: Callable[..., Run],
+    ) -> None:
+        device = next(model.parameters()).device
+        self._model, self._forward = model, forward
+        self._ids = (torch.arange(LENGTH, device=device) * 7 % vocabulary)[None]
+        self._positions = torch.arange(LENGTH, device=device)[None]
+        self._labels = self._ids.clone()
+        self._labels[0, 2:4] = IGNORED
+        self._make_run = lambda: make_run(ALONE, Rows.read(self._positions), is_closed=True)
+
+    @torch.no_grad()
+    def loss_kind(self) -> LossKind:
+        """Find out who computes the loss, by asking for it."""
+        run = self._make_run()
+        try:
+            output = self._forward(self._ids, self._positions, run, labels=self._labels)
+        except Exception:
+            return LossKind.OWN
         if run.num_losses:
             return LossKind.FUNCTION
         logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
-    except Exception:
-        return LossKind.OWN
-    if isinstance(logits, Tensor) and isinstance(loss, Tensor):
-        return LossKind.LOGITS if is_usual_loss(loss, logits, labels) else LossKind.OWN
-    return LossKind.OWN
+        if not isinstance(logits, Tensor) or not isinstance(loss, Tensor):
+            return LossKind.OWN
+        return LossKind.LOGITS if is_usual_loss(loss, logits, self._labels) else LossKind.OWN
+
+    @torch.no_grad()
+    def body(self, kind: LossKind) -> str | None:
+        """Find the module that a tiled loss can stand in for, by comparing the losses."""
+        if kind is LossKind.OWN:
+            return None
+        for path in body_paths(self._model):
+            try:
+                whole = self._loss(kind, None)
+                tiled = self._loss(kind, path)
+            except Exception:
+                continue
+            if torch.allclose(whole, tiled, rtol=1e-3):
+                return path
+        return None
+
+    def _loss(self, kind: LossKind, body: str | None) -> Tensor:
+        run = self._make_run()
+        run.num_items = LENGTH
+
+        def on_targets(part: Tensor | None, is_first: bool) -> tuple[Any, Tensor]:
+            labels = {"labels": part} if kind is LossKind.FUNCTION else {}
+            output = self._forward(self._ids, self._positions, run, **labels)
+            if kind is LossKind.FUNCTION:
+                return output, output.loss
+            assert part is not None
+            return output, target_loss(output.logits, part, LENGTH)
+
+        if body is None:
+            return on_targets(self._labels, True)[1]
+        tile = LENGTH // 2
+        loss: Tensor = tiled_loss(run, self._model, body, on_targets, self._labels, tile).loss
+        return loss
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def probe(model: nn.Module, vocabulary: int, forward: Forward, make_run: Callabl
     rows = Rows.read(positions)
 
     def watch(tokens: Tensor, begin: int, end: int) -> tuple[Outputs, Run]:
-        run = make_run(ALONE, rows, offset=begin, shard=end - begin, is_closed=True)
+        run = make_run(ALONE, rows, part=slice(begin, end), is_closed=True)
         with _evaluating(model), _watching(model, end - begin) as outputs:
             forward(tokens[:, begin:end], positions[:, begin:end], run)
         return outputs, run

@@ -3,15 +3,26 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seq1f1b.ulysses.errors import UnsupportedModelError
 from seq1f1b.ulysses.exchange import Exchange
+from seq1f1b.ulysses.memory.carry import Carry
 from seq1f1b.ulysses.mesh import SequenceParallel
 from seq1f1b.ulysses.rows import Pattern, Rows
 from seq1f1b.ulysses.units import WorkPlan, plan_work
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user has chosen for attention: a core by its name, and one unit at a time."""
+
+    core: str | None = None
+    unit_at_a_time: bool = False
 
 
 class Run:
@@ -20,9 +31,10 @@ class Run:
     Layers that mix tokens count in ``num_mixed``, calls of the loss function in ``num_losses``;
     ``num_items`` divides the summed loss, unless it is None and the shard's targets do.
 
-    shard: tokens that this rank holds. is_closed: a probe is running, in which every mixing layer
-    looks at each token alone. core: the name of the attention core to take, or None. door: makes a
-    context that is entered with the pass, where calls of torch's own attention must be caught.
+    part: the rows' tokens that this pass computes, shared out over the ranks. carry: where keys and
+    values of the parts before are; None if there is but one part. is_closed: a probe is running,
+    in which every mixing layer looks at each token alone. door: makes a context that is entered
+    with the pass, where calls of torch's own attention must be caught.
     """
 
     def __init__(
@@ -30,37 +42,38 @@ class Run:
         parallel: SequenceParallel,
         rows: Rows,
         *,
-        offset: int | None = None,
-        shard: int | None = None,
-        core: str | None = None,
+        part: slice | None = None,
+        carry: Carry | None = None,
+        choices: Choices | None = None,
         is_closed: bool = False,
         door: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.parallel, self.rows = parallel, rows
-        self.shard = rows.length // parallel.size if shard is None else shard
-        self.offset = parallel.rank * self.shard if offset is None else offset
-        self.core = core
+        self.parallel, self.rows, self.carry = parallel, rows, carry
+        self.part = slice(0, rows.length) if part is None else part
+        self.shard = (self.part.stop - self.part.start) // parallel.size
+        self.choices = Choices() if choices is None else choices
         self.is_closed = is_closed
         self._door = door
-        self.exchange = Exchange(parallel, self.shard)
+        self.exchange = Exchange(parallel, self.shard, self.part.start)
         self.num_mixed = 0
         self.num_losses = 0
         self.num_items: Tensor | int | None = None
+        self.targets: Tensor | None = None
         self._plans: dict[tuple[int, int, Pattern], WorkPlan] = {}
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
     def own(self) -> slice:
         """The shard's place in the rows."""
-        return slice(self.offset, self.offset + self.shard)
+        first = self.part.start + self.parallel.rank * self.shard
+        return slice(first, first + self.shard)
 
     def plan(self, num_heads: int, num_kv_heads: int, pattern: Pattern) -> WorkPlan:
         """Return who computes what in a layer; layers of one shape share it."""
         key = num_heads, num_kv_heads, pattern
         if key not in self._plans:
-            self._plans[key] = plan_work(
-                num_heads, num_kv_heads, self.parallel.size, self.rows, pattern
-            )
+            size = self.parallel.size
+            self._plans[key] = plan_work(*key[:2], size, self.rows, pattern, self.part)
         return self._plans[key]
 
     def on(self, device: torch.device, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -69,6 +82,14 @@ class Run:
         if key not in self._moved:
             self._moved[key] = make().to(device)
         return self._moved[key]
+
+    def refuse_parts(self, what: str) -> None:
+        """Raise UnsupportedModelError if the rows are computed in sub-sequences."""
+        if self.carry is not None:
+            raise UnsupportedModelError(
+                f"subsequences: {what} runs through the whole sequence, and only keys and values "
+                f"are carried from one sub-sequence to the next; set subsequences to 1"
+            )
 
     def check_length(self, length: int, what: str) -> None:
         """Raise RuntimeError when a layer has another number of tokens than the shard."""

@@ -91,32 +91,50 @@ class WorkPlan:
 
 
 def plan_work(
-    num_heads: int, num_kv_heads: int, size: int, rows: Rows, pattern: Pattern
+    num_heads: int,
+    num_kv_heads: int,
+    size: int,
+    rows: Rows,
+    pattern: Pattern,
+    part: slice | None = None,
 ) -> WorkPlan:
-    """Divide the heads of a layer among ``size`` ranks."""
+    """Divide the heads of a layer among ``size`` ranks; ``part`` of the rows, or all of them."""
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_kv_heads} heads of keys cannot serve {num_heads} heads of queries")
     group = num_heads // num_kv_heads
+    begin, end = (0, rows.length) if part is None else (part.start, part.stop)
     first = rows.first(pattern).min(dim=0).values
-    bounds = _bounds(num_heads, size, rows.costs(pattern))
+    bounds = _bounds(num_heads, size, rows.costs(pattern)[begin : end + 1], begin)
     units = tuple(
         tuple(
             Unit(block, _keys_of(block, group, first))
-            for part in _blocks(begin, end, rows.length)
-            for block in _regular(part, group)
+            for share in _blocks(low, high, begin, end)
+            for block in _regular(share, group)
         )
-        for begin, end in pairwise(bounds)
+        for low, high in pairwise(bounds)
     )
     return WorkPlan(units, tuple(_union([unit.keys for unit in of_rank]) for of_rank in units))
 
 
-def _bounds(num_heads: int, size: int, costs: Tensor) -> list[tuple[int, int]]:
+def held_keys(num_heads: int, num_kv_heads: int, size: int, part: slice) -> list[list[Block]]:
+    """Return the heads of keys that each rank has work with, whichever its rows, at ``part``."""
+    group = num_heads // num_kv_heads
+    held = []
+    for rank in range(size):
+        first, last = rank * num_heads // size, -(-(rank + 1) * num_heads // size)
+        held.append([Block(first // group, -(-last // group), part.start, part.stop)])
+    return held
+
+
+def _bounds(num_heads: int, size: int, costs: Tensor, begin: int) -> list[tuple[int, int]]:
     """Return where each rank's share begins and the last one's ends, as (head, row)."""
+    costs = costs - costs[0]
     total = int(costs[-1])
     bounds = []
     for rank in range(size + 1):
         head, rest = divmod(rank * num_heads, size)
-        bounds.append((head, _nearest(costs, total * rest // size) if rest else 0))
+        row = _nearest(costs, total * rest // size) if rest else 0
+        bounds.append((head, begin + row))
     return bounds
 
 
@@ -128,20 +146,23 @@ def _nearest(costs: Tensor, wanted: int) -> int:
     return row
 
 
-def _blocks(begin: tuple[int, int], end: tuple[int, int], length: int) -> list[Block]:
-    """Return the end of a head, whole heads and the start of a head between two bounds."""
-    (first, low), (last, high) = begin, end
+def _blocks(low: tuple[int, int], high: tuple[int, int], begin: int, end: int) -> list[Block]:
+    """Return the end of a head, whole heads and the start of a head between two bounds.
+
+    A head's rows are ``[begin, end)``.
+    """
+    (first, start), (last, stop) = low, high
     if first == last:
-        return [Block(first, first + 1, low, high)] if high > low else []
+        return [Block(first, first + 1, start, stop)] if stop > start else []
     blocks = []
-    if low:
-        if low < length:
-            blocks.append(Block(first, first + 1, low, length))
+    if start > begin:
+        if start < end:
+            blocks.append(Block(first, first + 1, start, end))
         first += 1
     if last > first:
-        blocks.append(Block(first, last, 0, length))
-    if high:
-        blocks.append(Block(last, last + 1, 0, high))
+        blocks.append(Block(first, last, begin, end))
+    if stop > begin:
+        blocks.append(Block(last, last + 1, begin, stop))
     return blocks
 
 

@@ -89,7 +89,9 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(name) for name in _AS_THEY_COME.split()},
     "starcoder2, windows": Family("starcoder2", {"sliding_window": 7}),
     "lfm2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
-    "falcon": Family("falcon", implementation="sdpa"),
+    "falcon": Family(
+        "falcon", {"hidden_size": 80, "num_attention_heads": 5}, implementation="sdpa"
+    ),
     "gemma3n_text": Family("gemma3n_text", {"activation_sparsity_pattern": [0.0] * 10}),
     "granitemoehybrid": Family("granitemoehybrid", {"layer_types": ["attention"] * 2}),
     "minimax": Family("minimax", {"layer_types": ["full_attention"] * 2}),

@@ -31,6 +31,7 @@ def _convolve(
     if run is None:
         return original(x, weight, bias, activation=activation, **kwargs)
     run.check_length(x.shape[2], "a causal convolution")
+    run.refuse_parts("a causal convolution")
     run.num_mixed += 1
     taps = weight.shape[-1]
     if run.is_closed:

@@ -46,6 +46,7 @@ def _delta_rule(
         state = {"initial_state": initial_state, "output_final_state": output_final_state}
         return original(query, key, value, g=g, beta=beta, **state, **kwargs)
     run.check_length(query.shape[1], "the delta rule")
+    run.refuse_parts("a delta rule")
     run.num_mixed += 1
     if run.is_closed:
         others = query, key, g[..., None], beta[..., None]

@@ -37,6 +37,8 @@ def _balance_loss(
     Raises UnsupportedModelError when the family's own formula is another one.
     """
     run = current_run()
+    if run is not None:
+        run.refuse_parts("the load-balancing loss of routers")
     is_alone = run is None or run.parallel.size == 1
     if run is None or is_alone or not isinstance(gate_logits, tuple) or num_experts is None:
         return original(gate_logits, num_experts, top_k, attention_mask, **kwargs)

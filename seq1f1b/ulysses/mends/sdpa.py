@@ -46,7 +46,8 @@ def _attention(
     Raises UnsupportedModelError when the mask is anything but causal, with or without the shard's
     own padding.
     """
-    name = caller()
+    module = _caller()
+    name = "the model" if module is None else type(module).__name__
     if query.ndim != 4 or query.shape[2] != key.shape[2]:
         raise UnsupportedModelError(
             f"{name} calls scaled_dot_product_attention with queries {tuple(query.shape)} and keys "
@@ -62,7 +63,7 @@ def _attention(
     elif not is_causal and run.shard > 1:
         raise UnsupportedModelError(f"{name} lets every token see later ones (no causal mask)")
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, None, dropout_p)
-    return group_attention(run, query, key, value, pattern, scoring)
+    return group_attention(run, id(module), query, key, value, pattern, scoring)
 
 
 def _check_causal(run: Run, mask: Tensor, name: str) -> None:
@@ -93,15 +94,12 @@ def _check_causal(run: Run, mask: Tensor, name: str) -> None:
         )
 
 
-def caller() -> str:
-    """Return the class of the innermost module that is running Python code now."""
+def _caller() -> nn.Module | None:
+    """Return the innermost module that is running Python code now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
-            return type(owner).__name__
+            return owner
         frame = frame.f_back
-    return "the model"
-
-
-__all__ = ["SdpaDoor", "caller"]
+    return None

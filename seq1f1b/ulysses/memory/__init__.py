@@ -1,0 +1,1 @@
+"""What saves memory at the cost of time, and changes no value."""

@@ -1,0 +1,1 @@
+"""Train a Hugging Face model on long sequences, by a recipe."""
