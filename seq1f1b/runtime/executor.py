@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from seq1f1b.runtime.clock import ActionClock
 from seq1f1b.runtime.context import ExecutionContext
@@ -60,15 +61,16 @@ def execute(
     """Run ``actions`` (lowered, of one stage) to the end.
 
     parts: for each micro-batch its sub-sequences. documents, lengths_vary: see ExecutionContext.
-    Raises ActionError from whatever an action raised; the context is then as if the step had not
-    begun, and the transport cannot be used again. After a step every tensor is consumed and the KV
-    carry is whole, which is asserted.
+    Profiles show each action by its name. Raises ActionError from whatever an action raised; the
+    context is then as if the step had not begun, and the transport cannot be used again. After a
+    step every tensor is consumed and the KV carry is whole, which is asserted.
     """
     with context.step(documents=documents, lengths_vary=lengths_vary):
         run = _Run(computation, transport, context, parts, clock, actions)
         for step, action in enumerate(actions):
             try:
-                run.handlers[action.kind](action)
+                with record_function(str(action)):
+                    run.handlers[action.kind](action)
             except Exception as error:
                 message = f"stage {stage}, step {step} of {len(actions)}, action {action}: {error}"
                 raise ActionError(message) from error

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from seq1f1b.files import replacing
 from seq1f1b_tools.sweep.launch import Status
 
 _MIB = 2**20
@@ -131,9 +132,8 @@ class Output:
     def save(self, record: Record) -> None:
         """Write a record, whole or not at all."""
         path = self._record(record.name)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(asdict(record), indent=2) + "\n")
-        os.replace(beside, path)
+        with replacing(path) as stream:
+            stream.write(json.dumps(asdict(record), indent=2) + "\n")
 
     def is_settled(self, name: str, command: str, num_iterations: int, *, retry: bool) -> bool:
         """Whether a run with the same command is done, or has failed and is not to be retried."""

@@ -1,7 +1,6 @@
 """The results as a table on the terminal and as a CSV file."""
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from seq1f1b.files import replacing
 from seq1f1b_tools.sweep.plan import Run
 from seq1f1b_tools.sweep.records import Summary, largest_loss_difference, speedup
 
@@ -93,12 +93,10 @@ class Result:
 def write_csv(results: Sequence[Result], file: Path) -> None:
     """Write one row per run, replacing the file whole."""
     rows: list[Mapping[str, object]] = [result.row() for result in results]
-    beside = file.with_name(file.name + ".tmp")
-    with beside.open("w", newline="") as stream:
+    with replacing(file, newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(beside, file)
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:

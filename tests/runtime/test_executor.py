@@ -140,3 +140,10 @@ def test_context_outside_of_an_action():
     tensors = [torch.randn(6, 1, 2, 4) for _ in range(3)]
     assert context.attend("layer", *tensors, scale=0.5).shape == (6, 1, 2, 4)
     assert context.carries.bytes_held == 0
+
+
+def test_profiles_name_the_actions():
+    with torch.profiler.profile() as profile:
+        run(one_f_one_b(1, 1, 3))
+    names = {event.key for event in profile.key_averages()}
+    assert {"0F0.0", "0F0.1", "0B0.1", "0B0.0"} <= names

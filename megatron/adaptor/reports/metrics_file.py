@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.adaptor.reports.metrics import IterationMetrics
+from seq1f1b.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,8 @@ class MetricsFile:
             return
         with self._path.with_name(self._path.name + ".replaced").open("a") as stream:
             stream.writelines(moved)
-        beside = self._path.with_name(self._path.name + ".part")
-        beside.write_text("".join(kept))
-        beside.replace(self._path)
+        with replacing(self._path) as stream:
+            stream.writelines(kept)
 
 
 def _iteration(line: str) -> float:

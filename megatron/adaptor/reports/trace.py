@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from seq1f1b.files import replacing
 from seq1f1b.runtime import Timed
 from seq1f1b.timeline import write_trace
 
@@ -24,13 +25,9 @@ def write(file: str, timed: Sequence[Timed], group: Any) -> None:
     torch.distributed.gather_object(timed, stages, dst=first, group=group)
     if stages is None:
         return
-    path = Path(file)
-    beside = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w") as stream:
+        with replacing(Path(file)) as stream:
             for stage, entries in enumerate(stages):
                 write_trace(stream, stage, entries)
-        beside.replace(path)
     except OSError as error:
-        logger.warning("the trace cannot be written to %s: %s", path, error)
+        logger.warning("the trace cannot be written to %s: %s", file, error)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 from torch.multiprocessing.spawn import spawn
 
+from seq1f1b.files import replacing
 from seq1f1b.planner.calibrate.kernels import ON_GPU, ON_HOST, Bench
 from seq1f1b.planner.calibrate.links import collectives, message
 from seq1f1b.planner.gpu import THIS_MACHINE, Gpu
@@ -43,13 +44,11 @@ def calibrate(ranks: int) -> Gpu:
 
 def write(description: Gpu, path: Path) -> None:
     """Write a description where ``--gpu this-machine`` reads it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(
         description.model_dump(mode="json"), sort_keys=False, width=100, default_flow_style=None
     )
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with replacing(path, encoding="utf-8") as stream:
+        stream.write(text)
 
 
 def _run(rank: int, ranks: int, folder: str) -> None:
