@@ -53,7 +53,7 @@ def one_document(positions: Tensor, is_real: Tensor | None) -> Tensor:
 
 
 def no_halo(run: Run, x: Tensor, width: int) -> Tensor:
-    return torch.zeros_like(x[:, :, : min(width, run.offset)])
+    return torch.zeros_like(x[:, :, : min(width, run.own.start)])
 
 
 FAULTS: dict[str, Any] = {

@@ -30,7 +30,7 @@ def attention_step(heads: int, kv_heads: int) -> tuple[int, int, int]:
     k = torch.randn(2, kv_heads, shard, KEY_DIM, requires_grad=True)
     v = torch.randn(2, kv_heads, shard, VALUE_DIM, requires_grad=True)
     before = parallel.traffic.bytes_sent
-    output = group_attention(run, q, k, v, Pattern(), Scoring(0.3))
+    output = group_attention(run, "layer", q, k, v, Pattern(), Scoring(0.3))
     forward = parallel.traffic.bytes_sent - before
     output.sum().backward()
     backward = parallel.traffic.bytes_sent - before - forward
@@ -93,7 +93,7 @@ def more_ranks_than_rows() -> bool:
     parallel = init_sequence_parallel(4)
     run = Run(parallel, Rows.read(torch.zeros(1, 4, dtype=torch.long)))
     x = torch.randn(1, 1, 1, 4, requires_grad=True)
-    output = group_attention(run, x, x, x, Pattern(), Scoring(1.0))
+    output = group_attention(run, "layer", x, x, x, Pattern(), Scoring(1.0))
     output.sum().backward()
     return torch.allclose(output, x) and x.grad is not None
 
