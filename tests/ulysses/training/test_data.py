@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def test_of_a_conversation_the_assistants_turns_are_learned(tokenizer):
 def test_a_bad_record_is_named(tokenizer, content, settings, message):
     with pytest.raises(DataError, match=message):
         learned_text(tokenizer, content, **settings)
+
+
+@pytest.mark.parametrize("source, package", [("a.parquet", "pyarrow"), ("a/b", "datasets")])
+def test_packages_of_the_extra_are_named(tmp_path, monkeypatch, source, package):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=f"needs the package {package}: pip install .seq1f1b.data."):
+        next(read_records(source, "train"))
 
 
 def test_files_of_every_kind_are_read(tmp_path):

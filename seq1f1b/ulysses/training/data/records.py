@@ -78,8 +78,10 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    from pyarrow import ArrowInvalid, parquet
-
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise _lacking(f"{path}: a Parquet file", "pyarrow") from None
     try:
         file = parquet.ParquetFile(path)
     except (ArrowInvalid, OSError) as error:
@@ -92,8 +94,10 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[Record]:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise _lacking(f"data.source: {name}, which is no file and no folder,", "datasets") from None
     try:
         records = load_dataset(name, split=split, streaming=True)
     except Exception as error:
@@ -102,3 +106,7 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
         ) from None
     for number, content in enumerate(records, start=1):
         yield Record(f"{name}, record {number}", dict(content))
+
+
+def _lacking(what: str, package: str) -> DataError:
+    return DataError(f"{what} needs the package {package}: pip install 'seq1f1b[data]'")
