@@ -202,8 +202,13 @@ class Bench:
         return min(map(len, self.runs.values()))
 
     @property
-    def scatter(self) -> float:
-        """By what share the second fastest run of a stage is slower than its fastest, in median."""
+    def scatter(self) -> float | None:
+        """By what share the second fastest run of a stage is slower than its fastest, in median.
+
+        None after a single round.
+        """
+        if self.num_rounds < 2:
+            return None
         slower = []
         for runs in self.runs.values():
             fastest, second, *_ = sorted(sum(parts.values()) for parts in runs)

@@ -162,14 +162,22 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _about_runs(bench: Bench) -> str:
+    if bench.scatter is None:
+        return "Each stage ran once."
+    return (
+        "Of each stage's runs the fastest counts; the second fastest was "
+        f"{bench.scatter:.1%} slower\n(median over all stages and cuts)."
+    )
+
+
 HEADER = """\
 Stages timed one at a time, alone on one core, and replayed in the simulator. *layers* are those of
 a stage.
 
 {setting}
 
-Of each stage's runs the fastest counts; the second fastest was {scatter:.1%} slower (median over
-all stages and cuts). *speedup* is over 1F1B. *theory* is the simulator's word where all actions of
+{runs} *speedup* is over 1F1B. *theory* is the simulator's word where all actions of
 a kind take equally long, F = I = W, and cutting costs nothing. The next four columns add up to the
 difference between the two: *halves*: F, I and W are not equal; *work*: what all computing takes
 together differs from 1F1B's (1F1B has 1.000 in *computing*); *cuts*: sub-sequences take unequal
@@ -271,7 +279,7 @@ def main() -> None:
         bench.pool(options.pool)
     tables = [table(bench, *map(int, shape.split("x"))) for shape in options.shapes]
     about = about_model(options, tokens=options.length, rounds=bench.num_rounds)
-    report = markdown(tables, HEADER.format(setting=sentence(about), scatter=bench.scatter))
+    report = markdown(tables, HEADER.format(setting=sentence(about), runs=_about_runs(bench)))
     show(report, options.output, about, [row for rows in tables for row in rows])
     dist.destroy_process_group()
 
