@@ -229,8 +229,8 @@ class Bench:
     def memory(self, cut: Cut, role: str) -> Memory:
         """Weigh what a model chunk of a stage holds for a micro-batch, in bytes.
 
-        That is what is allocated after an action and was not before: not what comes and goes
-        inside of it.
+        That is memory allocated after an action and not before it, without what is allocated and
+        freed inside the action.
         """
         context = self.session.context
         carries, on_cuda = context.carries, device_name() != "cpu"

@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--groups", type=int, default=32, help="heads of keys and values")
     parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--kernels", nargs="*", help="default: all that can take the tensors")
+    parser.add_argument("--kernels", nargs="*", help="default: all that support the tensors")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     return parser.parse_args()

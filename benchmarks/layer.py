@@ -3,7 +3,7 @@
     python benchmarks/layer.py --hidden-size 4096 --heads 32 --lengths 8192 32768 --dtype bfloat16
 
 The layer of a middle stage under our executor, alone on the device, all cuts in turn; of each the
-fastest run counts. Memory is what is left allocated after the forwards of one micro-batch, with the
+fastest run counts. Memory is what stays allocated after the forwards of one micro-batch, with the
 KV carry and the gradients of keys and values in it.
 """
 

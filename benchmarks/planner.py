@@ -132,7 +132,7 @@ class Ranks:
         self._made: dict[int, dict[str, Any]] = {}
 
     def enter(self, stages: int) -> None:
-        """Let Megatron's global state say that there are so many stages."""
+        """Let Megatron's global state report this number of stages."""
         if stages not in self._made:
             vars(parallel_state).update(self._untouched)
             parallel_state.initialize_model_parallel(
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--core-time", action="store_true", help="replay time spent on the core")
     parser.add_argument("--rank", action="store_true", help="rank eight ways of the same work")
     parser.add_argument("--cuts", action="store_true", help="set the planner's cut beside others")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="run only the first CASES")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     be_a_rank()

@@ -177,14 +177,14 @@ a stage.
 
 {setting}
 
-{runs} *speedup* is over 1F1B. *theory* is the simulator's word where all actions of
+{runs} *speedup* is over 1F1B. *theory* is the simulated speedup where all actions of
 a kind take equally long, F = I = W, and cutting costs nothing. The next four columns add up to the
 difference between the two: *halves*: F, I and W are not equal; *work*: what all computing takes
 together differs from 1F1B's (1F1B has 1.000 in *computing*); *cuts*: sub-sequences take unequal
 time; *stages*: the first has the embedding, the last the output layer, in 1F1B too. *live*: what
 the first stage holds at most, in micro-batches. *MiB*: the same as activations and KV carry, each
-weighed once, over time in the simulator; what waits for a W beyond its I is not in it, nor is what
-comes and goes inside of an action. Greedy has no theory.
+weighed once, over time in the simulator; tensors kept for a W after its I are not in it, nor are
+those allocated and freed inside an action. Greedy has no theory.
 """
 
 

@@ -43,7 +43,7 @@ _MIN_VOCAB_SIZE = 257  # every byte, and the end-of-document token
 def build_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description="Make a corpus of Python source, and a BPE on it.")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for what is made")
+    parser.add_argument("--output-dir", type=Path, required=True, help="output folder")
     parser.add_argument(
         "--dataset",
         choices=["stdlib", "codeparrot"],
@@ -54,14 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--size-mb",
         type=float,
         default=32.0,
-        help="stop after so many million bytes of text, or when there is no more",
+        help="stop after this many million bytes of text, or when there is no more",
     )
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens of the BPE at most")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="largest vocabulary of the BPE"
+    )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="threads for the training of the BPE",
+        help="threads that train the BPE",
     )
     return parser
 

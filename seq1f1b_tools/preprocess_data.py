@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSON lines or parquet: files, folders, pipes, patterns such as 'deep/**/*.jsonl'; "
         ".gz, .bz2, .xz and .zst are unpacked",
     )
-    add("--json-keys", nargs="+", default=["text"], help="the keys to take")
+    add("--json-keys", nargs="+", default=["text"], help="keys of a record whose text is tokenized")
     add("--split-sentences", action="store_true", help="split documents into sentences")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences")
     add("--lang", default="english", help="language for --split-sentences")
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=_positive, default=cores, help="threads, or processes where needed")
     add("--chunk-size", type=_positive, default=0, help="documents in a batch (default: by bytes)")
-    add("--partitions", type=_positive, default=1, help="deal documents to so many partitions")
+    add("--partitions", type=_positive, default=1, help="split documents into this many partitions")
     add(
         "--keep-sequential-samples",
         action="store_true",

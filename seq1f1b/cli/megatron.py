@@ -30,7 +30,7 @@ Model = Annotated[
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", min=1, help="GPUs in all.", rich_help_panel="Cluster"),
+    typer.Option("--gpus", min=1, help="Number of GPUs.", rich_help_panel="Cluster"),
 ]
 GpuName = Annotated[
     str | None,

@@ -30,7 +30,7 @@ from seq1f1b.timeline import Span, Timeline
 def plan(
     ctx: typer.Context,
     gpus: Annotated[
-        int, typer.Option("--gpus", min=1, help="GPUs in all.", rich_help_panel="Cluster")
+        int, typer.Option("--gpus", min=1, help="Number of GPUs.", rich_help_panel="Cluster")
     ],
     gpu: Annotated[
         str,
@@ -46,14 +46,14 @@ def plan(
     model: megatron.Model = None,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Search nothing: explain the setting that is given."),
+        typer.Option("--explain", help="Explain the given setting without a search."),
     ] = False,
     schedule: Annotated[
         ScheduleName | None, typer.Option(help="With --explain: which schedule.")
     ] = None,
     script_for: Annotated[
         Launcher | None,
-        typer.Option("--script", help="Print a script that starts the best setting, only that."),
+        typer.Option("--script", help="Print only a script that starts the best setting."),
     ] = None,
     timeline: Annotated[
         Path | None,

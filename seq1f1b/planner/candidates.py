@@ -70,7 +70,7 @@ def candidates(problem: Problem) -> list[Candidate]:
             if one.gib <= problem.limit_gib / ERROR:
                 fastest = min(fastest, one.seconds)
     if not found:
-        nothing = SettingError([f"--gpus {problem.num_gpus}: there is no way to use so many"])
+        nothing = SettingError([f"--gpus {problem.num_gpus}: no setting uses this many GPUs"])
         raise faults[0] if faults else nothing
     return found
 

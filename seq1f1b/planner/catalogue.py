@@ -52,7 +52,7 @@ class ScheduleName(StrEnum):
         )
 
     def allows(self, num_chunks: int, num_splits: int) -> bool:
-        """Whether it comes with so many model chunks a stage and sub-sequences a micro-batch."""
+        """Whether it exists for this many model chunks a stage and sub-sequences a micro-batch."""
         if self is ScheduleName.GREEDY:
             return True
         splits_fit = self is ScheduleName.GPIPE or self.has_splits == (num_splits > 1)
@@ -60,7 +60,7 @@ class ScheduleName(StrEnum):
 
 
 def by_shape(num_chunks: int, num_splits: int) -> ScheduleName:
-    """Return the 1F1B schedule with so many model chunks and sub-sequences."""
+    """Return the 1F1B schedule with these numbers of model chunks and sub-sequences."""
     if num_chunks > 1:
         return ScheduleName.SEQ_INTERLEAVED if num_splits > 1 else ScheduleName.INTERLEAVED
     return ScheduleName.SEQ if num_splits > 1 else ScheduleName.PLAIN

@@ -21,7 +21,7 @@ def fastest_cut(
 ) -> Setting:
     """Return the setting with the lengths of sub-sequences whose step ``seconds`` finds shortest.
 
-    Tried are cuts between equal tokens and equal computation and somewhat beyond, then moves of
+    It tries cuts between equal tokens and equal computation and somewhat beyond, then moves of
     single cuts by ever smaller strides, down to the multiple that lengths must be of. ``longest``
     caps the lengths: sub-sequences of similar length fragment memory less, and the first one, which
     is the longest under equal computation, holds less.

@@ -1,4 +1,4 @@
-"""What is to be planned, and what comes of it."""
+"""The planner's input and its result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ def _silent(text: str) -> None:
 def search(problem: Problem, report: Progress = _silent) -> Plan:
     """Rank settings by their simulated step time; those whose traced memory fits come first.
 
-    A closed form prunes; of what is left the fastest are simulated, the best few with other cuts
+    A closed form prunes; the fastest of the rest are simulated, the best few with other cuts
     and orders too, and of these the fastest are traced tensor by tensor. ``report`` is told how far
     the search is. Raises SettingError when Megatron takes no setting at all.
     """

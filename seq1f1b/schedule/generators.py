@@ -43,7 +43,7 @@ def interleaved(
     of micro-batches), rounded up to whole micro-batches, and the number of stages unless given:
     with that many, the first of them has been through all stages when its next chunk's turn comes.
     Micro-batches that are left over make a turn of their own if they are enough for that, as in
-    Megatron-Core's schedule; otherwise the turns before take them in, so that nobody waits.
+    Megatron-Core's schedule; otherwise the turns before take them in, so that no stage waits.
 
     Warm-up lasts until the last stage has forwarded a whole micro-batch through its last chunk, and
     2 forwards longer for each stage before it, so that the first backward finds its gradient there:

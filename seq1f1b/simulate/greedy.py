@@ -33,7 +33,7 @@ def greedy(
 ) -> Schedule:
     """Return the schedule with the shortest simulated step among many within a memory cap.
 
-    Tried are those in closed form that fit ((Seq)1F1B, GPipe and ZB-H1, or interleaved 1F1B), and
+    It tries those in closed form that fit ((Seq)1F1B, GPipe and ZB-H1, or interleaved 1F1B), and
     those that a list scheduler finds by a handful of rules, with backwards whole or split. So it is
     never slower than the closed forms under the same cap. The first of equals wins and nothing is
     random: the same costs give the same schedule on every rank.

@@ -15,8 +15,8 @@ class Rule:
 
     caps: sub-sequences that each stage may hold, from F to the end of B or W. in_flight: those
     between F and B or I alone. split: whether backwards are I and W. forward_first: whether F comes
-    before I or B. turn: forwards go by turns of so many sub-sequences through the chunks, backwards
-    likewise; without, the deepest chunk's forward and the shallowest one's backward come first.
+    before I or B. turn: forwards go through the chunks by turns of this many sub-sequences, as do
+    backwards; without, the deepest chunk's forward and the shallowest one's backward come first.
     deferred: when more W wait on a stage than this, one of them comes first; otherwise W fills
     idle time. patience: a W does not start when something else is to come within this share of its
     time.

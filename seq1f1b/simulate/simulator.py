@@ -108,7 +108,7 @@ class _Table:
         ]
         for _, stage, action in sorted(described):
             self._describe(stage, action, costs, link)
-        # after all descriptions: what is needed but on nobody's list has a place and never happens
+        # after all descriptions: an action needed but on no stage's list has a place, never a time
         self.num_places = len(self.places) * self.num_micro_batches
         self.num_channels = len(self._channels)
 

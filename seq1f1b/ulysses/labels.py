@@ -68,8 +68,8 @@ def shift_labels(
     """Turn labels as Hugging Face has them into targets, over whole rows ``[b, s]``.
 
     Token i's target is label i + 1; the last token of every document has none. A document starts
-    where ``position_ids`` do not rise, or where ``cu_seqlens`` (cumulative lengths of one row,
-    from 0) say so. Raises ValueError for labels that are shifted already or not two-dimensional.
+    where ``position_ids`` do not rise, or at a border of ``cu_seqlens`` (cumulative lengths of
+    one row, from 0). Raises ValueError for labels that are shifted already or not two-dimensional.
     """
     if isinstance(labels, ShiftedLabels):
         raise ValueError("these labels are shifted already: shift_labels takes them as they were")

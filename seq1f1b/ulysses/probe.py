@@ -86,7 +86,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watching(model: nn.Module, length: int) -> Iterator[Outputs]:
-    """Record what goes into and comes out of every module inside."""
+    """Record the inputs and outputs of every module inside."""
     seen: Outputs = {}
     handles = []
 

@@ -28,7 +28,7 @@ class Rows:
     """Whole rows ``[b, s]`` of one batch, kept on the CPU, where attention is planned.
 
     Every pattern here lets a token see one interval of its row, ``[first, own place]``, less
-    padding in between; nothing of s x s elements is needed to say so.
+    padding in between; nothing of s x s elements is needed for that.
 
     positions: of each token. starts: place in the row of the first token of its document.
     is_real: False at padding; None where there is none.
@@ -49,7 +49,7 @@ class Rows:
     ) -> "Rows":
         """Find documents in ``positions [b, s]``, ``attention_mask [b, s]`` and ``cu_seqlens``.
 
-        A document begins where the position does not rise, or where ``cu_seqlens`` say so. Raises
+        A document begins where the position does not rise, or at a border of ``cu_seqlens``. Raises
         LayoutError where positions leave tokens out, which no document of whole tokens does.
         """
         positions = positions.detach().cpu().long()

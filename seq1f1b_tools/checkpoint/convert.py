@@ -62,10 +62,10 @@ _Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model on the Hugging Face hub.")
 ]
 _DropMtp = Annotated[
-    bool, typer.Option("--drop-mtp", help="Leave out layers for multi-token prediction.")
+    bool, typer.Option("--drop-mtp", help="Omit the layers for multi-token prediction.")
 ]
 _Dtype = Annotated[
-    Precision | None, typer.Option(help="Type of the weights; default: each as it is.")
+    Precision | None, typer.Option(help="Type of the weights. [default: each keeps its own]")
 ]
 
 
@@ -84,7 +84,7 @@ def hf_to_megatron(
         int,
         typer.Option(
             min=1,
-            help="Pad the vocabulary to a multiple of it, which Megatron needs to divide it.",
+            help="Pads the vocabulary to a multiple of this number, which Megatron divides it by.",
         ),
     ] = 1,
     transformer_impl: Annotated[
@@ -141,10 +141,12 @@ def megatron_to_hf(
     ],
     output: _Output,
     dtype: _Dtype = None,
-    max_shard_gib: Annotated[float, typer.Option(min=0.001, help="Most of a shard, in GiB.")] = 4.0,
+    max_shard_gib: Annotated[
+        float, typer.Option(min=0.001, help="Largest size of a shard, in GiB.")
+    ] = 4.0,
     transformer_impl: Annotated[
         Implementation | None,
-        typer.Option(help="Megatron's layers that saved it; default: found out."),
+        typer.Option(help="Megatron's layers that saved it. [default: detected]"),
     ] = None,
     drop_mtp: _DropMtp = False,
     revision: _Revision = None,

@@ -24,7 +24,8 @@ class Experts:
     score: softmax or sigmoid. pre_softmax: whether scores are taken over all experts, and those of
     the chosen ones are not made to add up to one.
     has_bias: whether a bias takes part in choosing. scaling: factor on the scores.
-    groups, routed_groups: experts are chosen from this many of so many groups; None without groups.
+    groups, routed_groups: experts are chosen from ``routed_groups`` of ``groups`` groups; None
+    without groups.
     in_float32: whether the router computes in float32 whatever the model does.
     """
 

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from seq1f1b_tools.checkpoint.mapping import Piece
 from seq1f1b_tools.checkpoint.problem import ConversionError, one_line
 
-# It says so of every piece; one process is what is wanted.
+# It warns for every piece that there is one process, which is intended here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -29,7 +29,7 @@ def standard_library_files(root: Path) -> list[Path]:
 def standard_library_rows(root: Path) -> Iterator[Row]:
     """The standard library's source files that hold text, as rows, in order of their names.
 
-    Left out are files that cannot be decoded and, among the tests, those that are no Python: they
+    It omits files that cannot be decoded and, among the tests, those that are not Python: they
     are broken on purpose.
     """
     for path in standard_library_files(root):

@@ -14,7 +14,7 @@ _MOST_NAMED = 3
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files that the patterns name, and remarks on what is left out.
+    """Return the files that the patterns name, and remarks on the omitted ones.
 
     A pattern's files are in sorted order; ``**`` stands for any folders. Of a folder, and of the
     folders in it, those files are taken whose names say that they hold JSON lines or a table.

@@ -38,7 +38,7 @@ def parse_line(line: bytes, keys: Sequence[str]) -> Document:
     """The texts under `keys` of one JSON line.
 
     Raises:
-        BadLineError: the line is no JSON object, lacks a key, or holds something else than text.
+        BadLineError: the line is not a JSON object, lacks a key, or holds something else than text.
     """
     try:
         row = json.loads(line.decode("utf-8"))

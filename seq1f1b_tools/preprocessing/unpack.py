@@ -67,7 +67,7 @@ def kind_of(file: str, stream: "io.BufferedReader[Any]") -> str | None:
     suffixes = COMPRESSIONS | {PARQUET: "parquet"}
     named = next((k for suffix, k in suffixes.items() if file.lower().endswith(suffix)), None)
     if start and named not in (None, found):
-        raise DataError(f"{file}: is not {named}, though its name says so: damaged, or misnamed")
+        raise DataError(f"{file}: is not {named}, as its name claims: damaged, or misnamed")
     return found
 
 

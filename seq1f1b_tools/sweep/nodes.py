@@ -156,7 +156,7 @@ class Nodes:
     def raise_alarm(self, key: str, message: str) -> None:
         """Tell the other nodes that this one could not do ``key``."""
         if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # node 0 has ended: nobody to tell
+            with contextlib.suppress(RuntimeError):  # node 0 has ended and needs no notice
                 self._store.set(f"alarm/{key}", f"node {self.cluster.node_rank}: {message}")
 
     def leave(self, message: str) -> None:

@@ -231,7 +231,7 @@ def training_arguments(
 def launcher(
     run: Run, cluster: Cluster, port: int, *, pinned: bool, takes_turns: bool
 ) -> list[str]:
-    """Return what comes before the training script: torchrun, and what each rank runs first.
+    """Return the words before the training script: torchrun, and what each rank runs first.
 
     pinned: whether each rank gets its own cores. takes_turns: whether it waits for a turn before
     each step.

@@ -45,7 +45,7 @@ def main() -> None:
                 int(os.environ["LOCAL_WORLD_SIZE"]),
             )
             os.sched_setaffinity(0, cores)
-    # torchrun ends its workers in good order; what is left of these has nothing to put in order
+    # torchrun ends its workers in good order; the rest of these has nothing to clean up
     parent = None if is_worker else int(os.environ[PARENT_VARIABLE])
     end_with_parent(signal.SIGKILL if is_worker else signal.SIGTERM, parent)
     os.execvp(words[0], words)

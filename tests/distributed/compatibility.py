@@ -9,7 +9,7 @@ from tests.distributed.megatron_model import BATCH
 Pair = tuple[str, str, str, str]
 """Key and name of one choice, key and name of another."""
 
-_HEAD = """# What goes together
+_HEAD = """# Compatibility
 
 Made by `tests/distributed/test_matrix.py` from what it saw; a test fails when this page and the
 outcome differ. **yes**: gradients of every parameter, losses and reports of at least one training

@@ -137,7 +137,7 @@ def errors(rows: list[Row]) -> list[float]:
 def test_gradients(workers, rows, seen, num_ranks):
     mine = [row for row in rows if case_of(row).num_ranks == num_ranks]
     by_rank = workers(num_ranks).run(errors, mine, timeout=500)
-    if num_ranks > 2:  # the process groups of so many layouts have hundreds of threads that poll
+    if num_ranks > 2:  # the process groups of this many layouts have hundreds of threads that poll
         workers(num_ranks).close()
     for row, *found in zip(mine, *by_rank, strict=True):
         seen[row] = max(found)

@@ -67,7 +67,7 @@ def carried_tokens(case, stage):
 
 
 def peak_bytes(case):
-    """Return this stage's peak, what was computed for it, and what is left after the step."""
+    """Return this stage's peak, what was computed for it, and what remains after the step."""
     from megatron.adaptor import install
 
     carries = install().context.carries

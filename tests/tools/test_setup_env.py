@@ -288,7 +288,7 @@ def test_a_clone_does_not_delete_the_environment_of_another(machine: Machine) ->
     assert "Set SEQ1F1B_VENV to another folder" in messages
     assert (shared / "kept").exists()
     machine.ready()
-    shutil.rmtree(first)  # then nobody is left who needs it
+    shutil.rmtree(first)  # then no clone needs it
     assert machine.run(SEQ1F1B_VENV=str(shared))[0] == 0
 
 

@@ -159,8 +159,8 @@ def length_multiple(args: argparse.Namespace) -> int:
     """Return the number that the length of every sub-sequence must be a multiple of.
 
     Context parallelism deals it out in two pieces per rank, sequence parallelism deals a rank's
-    tokens out again, and a product in FP8 or FP4 computes so many of those at a time. The user may
-    ask for more.
+    tokens out again, and a product in FP8 or FP4 computes a fixed number of those at a time. The
+    user may ask for more.
     """
     cp = args.context_parallel_size
     tp = args.tensor_model_parallel_size if args.sequence_parallel else 1

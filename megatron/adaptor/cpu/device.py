@@ -323,7 +323,7 @@ def _hide_gpu_packages() -> None:
 
 
 def _quieten() -> None:
-    """Drop warnings that a machine without a GPU cannot but cause, from every rank at every step.
+    """Drop warnings that every machine without a GPU causes, from every rank at every step.
 
     CUDA's generator is the CPU's here, so each use of Megatron's random state tracker changes it.
     """

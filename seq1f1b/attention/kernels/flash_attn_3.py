@@ -36,7 +36,7 @@ class FlashAttn3(BottomRight):
     ) -> tuple[Tensor, Tensor]:
         """See BottomRight."""
         most = None if bounds is None else longest
-        # By place: older builds have no defaults, and the places are the same. What is left out in
+        # By place: older builds have no defaults, and the places are the same. Arguments omitted in
         # between is a cache of keys, pages, rotation and scales of 8-bit types.
         output, log_sum_exp, *_ = _package()._flash_attn_forward(
             *(q, k, v, None, None, None, None, bounds, bounds, None, None, None, most, most),

@@ -12,7 +12,7 @@ Pattern = Annotated[
     str, typer.Option("--pattern", "-p", help="Only names that contain this, in any case.")
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of a recipe.")]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the copy goes.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Path of the copy.")]
 
 
 def list_cfg(pattern: Pattern = "") -> None:

@@ -18,7 +18,10 @@ Config = Annotated[
 ]
 WorkDir = Annotated[
     Path | None,
-    typer.Option("--work-dir", help="Where everything goes. [default: work_dirs/NAME]"),
+    typer.Option(
+        "--work-dir",
+        help="Folder of logs, checkpoints and the trained model. [default: work_dirs/NAME]",
+    ),
 ]
 Resume = Annotated[
     str | None,
@@ -28,12 +31,12 @@ Resume = Annotated[
         help="Continue from the latest checkpoint of the folder, or from this one.",
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed, instead of the recipe's.")]
 Launcher = Annotated[
     str,
     typer.Option(
         "--launcher",
-        help="What started the processes: none (NPROC_PER_NODE and NNODES are looked at), pytorch "
+        help="What started the processes: none (reads NPROC_PER_NODE and NNODES), pytorch "
         "(torchrun) or slurm (srun).",
     ),
 ]

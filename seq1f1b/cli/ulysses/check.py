@@ -24,7 +24,7 @@ Model = Annotated[
 ]
 Sp = Annotated[int, typer.Option("--sp", min=1, help="Ranks that share a sequence.")]
 Layouts = Annotated[
-    str, typer.Option("--layouts", help="What to try, with commas between. [default: all]")
+    str, typer.Option("--layouts", help="Layouts to check, separated by commas. [default: all]")
 ]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of a row.")]

@@ -1,4 +1,4 @@
-"""Times what goes between the ranks of this machine."""
+"""Times transfers between the ranks of this machine."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

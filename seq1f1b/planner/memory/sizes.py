@@ -1,4 +1,4 @@
-"""Bytes of the tensors of one layer on one rank, for a sub-sequence of so many tokens."""
+"""Bytes of the tensors of one layer on one rank, for a sub-sequence of a given length."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -100,7 +100,7 @@ class Kernels:
         return self.gpu.latency_us.value * _MICRO
 
     def elementwise(self, num_bytes: float) -> float:
-        """Return the time of kernels that read and write so many bytes."""
+        """Return the time of kernels that read and write this many bytes."""
         if self.curves.elementwise:
             return num_bytes / (_interpolate(self.curves.elementwise, num_bytes) * _GIGA)
         gpu = self.gpu

@@ -15,7 +15,7 @@ class Turns:
     """Lets ``num_runs`` runs go on by a step each, one after the other, for as long as they last.
 
     A run asks for each step, through a socket whose path it finds in its environment. A step is
-    granted when all ask: so nobody computes meanwhile, and the first step waits until all are
+    granted when all ask: so no run computes meanwhile, and the first step waits until all are
     ready. A run that has no more steps closes its end, and is let go when all have.
     """
 
@@ -93,7 +93,7 @@ class Turns:
 
 
 def _wake(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended; the sweep will say so
+    with contextlib.suppress(OSError):  # it has ended, which the sweep reports
         end.sendall(b"!")
 
 

@@ -28,7 +28,7 @@ class Run(threading.Thread):
 
 
 def steps(*nums_steps, absent=()):
-    """Let runs with so many steps take turns and return the order of their steps."""
+    """Let runs with these numbers of steps take turns and return the order of their steps."""
     notes = []
     with Turns(len(nums_steps)) as turns:
         runs = [Run(turns, place, number, notes) for place, number in enumerate(nums_steps)]
