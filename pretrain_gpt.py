@@ -16,7 +16,7 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 
 import torch
 from megatron.core import mpu
@@ -27,6 +27,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
@@ -65,10 +66,18 @@ def has_documents(args: Namespace) -> bool:
     return args.sft or args.dataloader_inter_document_masking
 
 
+@cache
+def layout_of(text: str | None, num_stages: int) -> PipelineParallelLayerLayout | None:
+    """Read --pipeline-model-parallel-layout, which Megatron keeps as text in its arguments."""
+    return None if text is None else PipelineParallelLayerLayout.from_str(text, num_stages)
+
+
 def predicts_more_tokens(args: Namespace, vp_stage: int | None) -> bool:
     """Whether this stage holds multi-token prediction layers, which need tokens and labels."""
+    if args.mtp_num_layers is None:
+        return False
     return mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout,
+        layout=layout_of(args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size),
         mtp_num_layers=args.mtp_num_layers,
         ignore_virtual=vp_stage is None,
         vp_stage=vp_stage,

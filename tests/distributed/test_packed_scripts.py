@@ -74,7 +74,8 @@ def conversations(folder: Path) -> list[object]:
 
 
 def test_middle_stages_without_data(tmp_path):
-    flags = [*MOCK, *PIPELINE, "--reset-attention-mask"]
+    layout = ["--pipeline-model-parallel-layout", "Et|tt|t|L"]
+    flags = [*MOCK, *PIPELINE, *layout, "--reset-attention-mask"]
     whole = losses(tmp_path, *flags, "--seq1f1b-splits", 1)
     cut = losses(tmp_path, *flags, "--reset-position-ids", "--seq1f1b-splits", 3)
     assert cut == pytest.approx(whole, rel=1e-5)
