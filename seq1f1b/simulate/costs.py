@@ -1,6 +1,7 @@
 """How long actions take, and how long tensors travel."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from seq1f1b.sequence import PackedCost, TokenCost, sub_sequences
 
 Part = tuple[Kind, int, int]
 """Kind, model chunk and sub-sequence: what actions of all micro-batches that cost alike share."""
+
+_PART = re.compile(r"(\d+)([FBIW])\.(\d+)")
 
 _COMPUTE = (Kind.F, Kind.B, Kind.I, Kind.W)
 
@@ -134,6 +137,18 @@ class Costs:
         """Take the mean over micro-batches of what each stage measured."""
         return cls(tuple(_means(entries) for entries in stages))
 
+    def named(self) -> list[dict[str, float]]:
+        """Return each stage's costs by name: ``0F.2`` is F of chunk 0 on sub-sequence 2."""
+        return [
+            {f"{chunk}{kind}.{j}": cost for (kind, chunk, j), cost in parts.items()}
+            for parts in self.stages
+        ]
+
+    @classmethod
+    def of_names(cls, stages: Iterable[Mapping[str, float]]) -> "Costs":
+        """Read what ``named`` wrote; raises CostError for a name that it does not write."""
+        return cls(tuple({_part(name): cost for name, cost in each.items()} for each in stages))
+
     def completed(self) -> "Costs":
         """Fill in what backwards cost that were not measured: B as I and W, either as half a B."""
         return Costs(tuple(_completed(parts) for parts in self.stages))
@@ -181,6 +196,13 @@ class Link:
     def transfer(self, sub_sequence: int) -> float:
         """Return for how many seconds a sub-sequence's tensor occupies the link."""
         return self.tensor_bytes[sub_sequence] / self.bandwidth if self.tensor_bytes else 0.0
+
+
+def _part(name: str) -> Part:
+    match = _PART.fullmatch(name)
+    if match is None:
+        raise CostError(f"{name!r} names no computation (expected something like 0F.1)")
+    return Kind(match[2]), int(match[1]), int(match[3])
 
 
 def _means(entries: Iterable[Measured]) -> Mapping[Part, float]:

@@ -145,10 +145,10 @@ def _no_stages(run: Run) -> str:
         return f"{model.num_attention_heads} attention heads are not divisible by TP {run.tp}"
     if run.num_chunks > 1 and run.pp == 1:
         return f"VPP {run.num_chunks} needs PP 2 or more"
-    parts = run.pp * run.num_chunks
-    if model.num_layers % parts:
+    if model.layers_of_parts(run.pp * run.num_chunks) is None:
         stages = f"PP {run.pp} x VPP {run.num_chunks}"
-        return f"{model.num_layers} layers cannot be dealt to {stages} evenly"
+        head = f" and {model.head_layers} for the output layer" * (model.head_layers > 0)
+        return f"{model.num_layers} layers{head} cannot be dealt to {stages} evenly"
     return ""
 
 
@@ -212,7 +212,11 @@ def training_arguments(
     if run.model.num_query_groups is not None:
         arguments += ["--group-query-attention"]
         arguments += ["--num-query-groups", str(run.model.num_query_groups)]
-    if run.num_chunks > 1:
+    layers = run.model.layers_of_parts(run.pp * run.num_chunks)
+    if run.model.head_layers and layers is not None and run.pp > 1:
+        parts = ["t" * number for number in layers]
+        arguments += ["--pipeline-model-parallel-layout", f"E{'|'.join(parts)}L"]
+    elif run.num_chunks > 1:
         arguments += ["--num-virtual-stages-per-pipeline-rank", str(run.num_chunks)]
     if run.balance_method is not None:
         arguments += ["--seq1f1b-balance-method", run.balance_method]

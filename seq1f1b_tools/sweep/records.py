@@ -157,6 +157,7 @@ class Iteration(BaseModel):
     peak_activation_bytes: Annotated[list[Finite], Field(min_length=1)]
     kv_carry_bytes: Annotated[list[Finite], Field(min_length=1)]
     bubble_ratio: Annotated[list[Finite], Field(min_length=1)]
+    action_milliseconds: list[dict[str, Finite]] = []
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ def whole_iterations(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     whole: list[dict[str, Any]] = []
     for entry in entries:
         try:
-            found = Iteration.model_validate(entry, strict=True).model_dump()
+            found = Iteration.model_validate(entry, strict=True).model_dump(exclude_unset=True)
         except ValidationError:
             break
         if whole and found["iteration"] != whole[-1]["iteration"] + 1:
@@ -205,6 +206,7 @@ class Summary:
 
     steps has the milliseconds of each; both rates are of their median; memory is the highest peak,
     by stage; bubble_ratio is the mean over stages of each iteration, and of these the median.
+    action_milliseconds has the median of every action's time, by stage.
     """
 
     steps: tuple[float, ...]
@@ -214,6 +216,7 @@ class Summary:
     kv_carry_mib: tuple[float, ...]
     bubble_ratio: float
     losses: tuple[float | None, ...]
+    action_milliseconds: tuple[dict[str, float], ...] = ()
 
     @property
     def milliseconds(self) -> float:
@@ -242,12 +245,25 @@ def summarize(entries: Sequence[dict[str, Any]], num_warmup: int) -> Summary | N
         kv_carry_mib=_peaks(counted, "kv_carry_bytes"),
         bubble_ratio=median(fmean(entry["bubble_ratio"]) for entry in counted),
         losses=tuple(entry["lm_loss"] for entry in entries),
+        action_milliseconds=_actions(counted),
     )
 
 
 def _peaks(entries: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
     by_stage = zip(*(entry[key] for entry in entries), strict=True)
     return tuple(max(stage) / _MIB for stage in by_stage)
+
+
+def _actions(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, float], ...]:
+    """Return medians over the entries, or nothing where they do not name the same actions."""
+    lists = [entry.get("action_milliseconds", []) for entry in entries]
+    names = [[set(stage) for stage in stages] for stages in lists]
+    if any(each != names[0] for each in names):
+        return ()
+    return tuple(
+        {name: median(each[name] for each in stage) for name in stage[0]}
+        for stage in zip(*lists, strict=True)
+    )
 
 
 def speedup(steps: Sequence[float], baseline: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seq1f1b.files import replacing
+from seq1f1b_tools.sweep.factors import Factors, factors
 from seq1f1b_tools.sweep.plan import Run
 from seq1f1b_tools.sweep.records import Summary, largest_loss_difference, speedup
 
@@ -36,6 +37,13 @@ class Result:
         return speedup(self.summary.steps, self.baseline.steps)
 
     @property
+    def factors(self) -> Factors | None:
+        """What the speedup is made of."""
+        if self.summary is None or self.baseline is None or self.speedup is None:
+            return None
+        return factors(self.run, self.summary, self.baseline, self.speedup)
+
+    @property
     def loss_difference(self) -> float | None:
         """The largest relative difference of the loss to 1F1B's, over all iterations."""
         if self.summary is None or self.baseline is None:
@@ -46,12 +54,16 @@ class Result:
         """Return the line of the CSV file; a list has one number per stage."""
         run, summary = self.run, self.summary
         measured: dict[str, object] = {}
+        parts = self.factors
         if summary is not None:
             measured = {
                 "ms_per_iteration": f"{summary.milliseconds:.2f}",
                 "tokens_per_second": f"{summary.tokens_per_second:.1f}",
                 "tflops_per_device": f"{summary.tflops_per_device:.4f}",
                 "speedup": _optional(self.speedup, ".4f"),
+                "speedup_ends": _optional(parts.ends if parts else None, ".4f"),
+                "speedup_splitting": _optional(parts.splitting if parts else None, ".4f"),
+                "speedup_executor": _optional(parts.executor if parts else None, ".4f"),
                 "peak_memory_mib": " ".join(f"{mib:.2f}" for mib in summary.peak_memory_mib),
                 "kv_carry_mib": " ".join(f"{mib:.2f}" for mib in summary.kv_carry_mib),
                 "bubble_ratio": f"{summary.bubble_ratio:.4f}",
@@ -79,6 +91,9 @@ class Result:
             "tflops_per_device": "",
             "speedup": "",
             "speedup_theory": f"{run.speedup:.4f}",
+            "speedup_ends": "",
+            "speedup_splitting": "",
+            "speedup_executor": "",
             "peak_memory_mib": "",
             "kv_carry_mib": "",
             "bubble_ratio": "",
@@ -105,6 +120,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
         group = [result for result in results if result.run.setting == setting]
         console.print(_table(setting, group))
         for result in group:
+            _print_product(result, console)
             if result.error:
                 console.print(f"{result.run.variant}: {result.error}", style="yellow", markup=False)
 
@@ -145,6 +161,14 @@ def _cells(result: Result) -> list[str]:
         _optional(summary.last_loss, ".4f") or "-",
         _optional(result.loss_difference, ".1e") or "-",
     ]
+
+
+def _print_product(result: Result, console: Console) -> None:
+    parts = result.factors
+    if parts is None or result.run.is_baseline:
+        return
+    product = " x ".join(f"{factor:.3f} ({name})" for name, factor in vars(parts).items())
+    console.print(f"{result.run.variant}: {result.speedup:.3f} = {product}", highlight=False)
 
 
 def _optional(number: float | None, form: str) -> str:

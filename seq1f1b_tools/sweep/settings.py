@@ -149,7 +149,7 @@ VARIABLES = (
         computed=True,
     ),
     Variable("DATASET", _one_of(*DATASETS), "stdlib", "stdlib", "of " + ", ".join(DATASETS)),
-    Variable("VOCAB_SIZE", _vocabulary, "384", "50257", "tokens of the BPE that is trained on it"),
+    Variable("VOCAB_SIZE", _vocabulary, "8192", "50257", "tokens of the BPE that is trained on it"),
     Variable("CORPUS_MB", _number, "8", "32", "megabytes of text to take at most"),
     Variable(
         "DATA", _folder, "data", "data", "folder for the data; the default is the repository's"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from megatron.adaptor.layers.weight_gradients import name_owners
 from megatron.adaptor.patches import Patch
 from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext, Timed
 from seq1f1b.schedule import Action, Kind
+from seq1f1b.simulate import Costs
 
 _MIB = 2**20
 
@@ -22,6 +23,8 @@ class IterationMetrics:
 
     bubble_ratio: the stage's idle time over the longest stage's forward-backward pass.
     peak_activation_bytes: see ActivationMeter; kv_carry_bytes is the part of the KV carry.
+    action_milliseconds: means over micro-batches by name, as of ``Costs.named``; Megatron's
+    interleaved loop does not tell its chunks, which share chunk 0's names.
     """
 
     iteration: int
@@ -32,6 +35,7 @@ class IterationMetrics:
     peak_activation_bytes: list[int]
     kv_carry_bytes: list[int]
     bubble_ratio: list[float]
+    action_milliseconds: list[dict[str, float]] = field(default_factory=list)
 
     def log_line(self) -> str:
         """Return what is printed under Megatron's own line."""
@@ -51,6 +55,7 @@ class StageFigures(NamedTuple):
     busy_seconds: float
     peak_activation_bytes: int
     kv_carry_bytes: int
+    action_seconds: dict[str, float]
 
 
 def bubble_ratios(stages: Sequence[StageFigures]) -> list[float]:
@@ -109,7 +114,10 @@ class StepMeter:
             result = run(clock)
         self.timed, length = clock.finish()
         busy = sum(entry.end - entry.start for entry in self.timed)
-        self.last = StageFigures(length, busy, self._activations.peak_bytes, carries.peak_bytes)
+        (seconds,) = Costs.measured([self.timed]).named()
+        self.last = StageFigures(
+            length, busy, self._activations.peak_bytes, carries.peak_bytes, seconds
+        )
         return result
 
     def patches(self) -> list[Patch]:
@@ -184,4 +192,8 @@ class StepMeter:
             peak_activation_bytes=[stage.peak_activation_bytes for stage in stages],
             kv_carry_bytes=[stage.kv_carry_bytes for stage in stages],
             bubble_ratio=bubble_ratios(stages),
+            action_milliseconds=[
+                {name: round(seconds * 1000, 3) for name, seconds in stage.action_seconds.items()}
+                for stage in stages
+            ],
         )

@@ -57,6 +57,9 @@ for iteration in range(1, num_iterations + 1):
             "peak_activation_bytes": [2**20 * (stages - i) * 100 // splits for i in range(stages)],
             "kv_carry_bytes": [0] * stages,
             "bubble_ratio": [0.2 / splits] * stages,
+            "action_milliseconds": [
+                {f"0{kind}.{j}": 100 / splits for kind in "FB" for j in range(splits)}
+            ] * stages,
         }) + chr(10))
 """
 FAST = {"SEQ_LENGTHS": "64", "MICRO_BATCHES": "2", "TRAIN_ITERS": "4", "TAKE_TURNS": "0"}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from seq1f1b_tools.sweep.corpus import Corpus
 from seq1f1b_tools.sweep.main import main
-from seq1f1b_tools.sweep.plan import plan_runs, why_not
+from seq1f1b_tools.sweep.plan import plan_runs, training_arguments, why_not
 from seq1f1b_tools.sweep.settings import (
     ROOT,
     VARIABLES,
@@ -129,6 +130,9 @@ def test_slurm_without_scontrol_asks_for_the_address(tmp_path, monkeypatch):
     assert "scontrol, which expands it, is not on the PATH" in faults(slurm(tmp_path))
 
 
+HEAD = "3 layers and 1 for the output layer"
+
+
 def reasons(num_gpus: int = 0, **variables: str) -> dict[str, str]:
     settings = read_settings(variables, num_gpus)
     return {run.variant: why_not(run, settings) for run in plan_runs(settings)}
@@ -137,7 +141,7 @@ def reasons(num_gpus: int = 0, **variables: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "num_gpus,variables,reason",
     [
-        (0, {"PP": "3"}, "2 layers cannot be dealt to PP 3 x VPP 1 evenly"),
+        (0, {"PP": "3"}, f"{HEAD} cannot be dealt to PP 3 x VPP 1 evenly"),
         (0, {"TP": "3"}, "4 attention heads are not divisible by TP 3"),
         (0, {"PP": "1", "VPP_SIZES": "2"}, "VPP 2 needs PP 2 or more"),
         (0, {"NNODES": "4", "MASTER_ADDR": "a"}, "2 processes cannot be dealt to 4 nodes evenly"),
@@ -182,3 +186,16 @@ def test_every_baseline_comes_before_what_is_compared_with_it():
     for run in runs:
         assert run.is_baseline or run.setting in seen
         seen.add(run.setting)
+
+
+@pytest.mark.parametrize(
+    "pp, chunks, layout",
+    [("2", "1", "Ett|tL"), ("2", "2", "Et|t|t|L"), ("4", "1", "Et|t|t|L"), ("1", "1", None)],
+)
+def test_the_output_layer_counts_as_a_layer_of_tiny(tmp_path, pp, chunks, layout):
+    settings = read_settings({"PP": pp, "VPP_SIZES": chunks, "MICRO_BATCHES": "4"}, num_gpus=0)
+    for run in plan_runs(settings):
+        assert not why_not(run, settings)
+        words = training_arguments(run, Corpus.of(settings), settings, tmp_path / "metrics")
+        flag = "--pipeline-model-parallel-layout"
+        assert (words[words.index(flag) + 1] if flag in words else None) == layout

@@ -31,6 +31,12 @@ def test_sweep_compares_every_schedule_with_1f1b(bench):
     assert float(uniform["ms_per_iteration"]) == 250
     assert float(uniform["speedup"]) == 4
     assert float(uniform["speedup_theory"]) == pytest.approx(4 / 3, abs=1e-4)
+    assert [float(uniform[f"speedup_{name}"]) for name in ("ends", "splitting", "executor")] == (
+        pytest.approx([1, 1, 3], abs=1e-4)
+    )
+    assert baseline["speedup_executor"] == "1.0000"
+    product = "4.000 = 1.333 (theory) x 1.000 (ends) x 1.000 (splitting) x 3.000 (executor)"
+    assert f"seq1f1b-s4-uniform_comp: {product}" in bench.text
     assert uniform["peak_memory_mib"] == "50.00 25.00"
     assert float(baseline["bubble_ratio"]) == pytest.approx(0.2)
     assert float(baseline["bubble_ratio_theory"]) == pytest.approx(1 / 3, abs=1e-4)
