@@ -5,6 +5,7 @@ import typer
 from seq1f1b.cli.calibrate import calibrate
 from seq1f1b.cli.compare import compare
 from seq1f1b.cli.listing import list_gpus, models
+from seq1f1b.cli.map_gpus import map_gpus
 from seq1f1b.cli.megatron import CONTEXT, MegatronCommand
 from seq1f1b.cli.memory import memory
 from seq1f1b.cli.plan import plan
@@ -28,6 +29,7 @@ app.command(cls=MegatronCommand, context_settings=CONTEXT)(timeline)
 app.command()(calibrate)
 app.command()(models)
 app.command("gpus")(list_gpus)
+app.command("map-gpus")(map_gpus)
 app.command("list-cfg")(list_cfg)
 app.command("copy-cfg")(copy_cfg)
 app.command()(train)
