@@ -108,6 +108,7 @@ def _is_known(situation: Situation) -> bool:
         or (predicts and loss == "of logits")
         or (case.documents and (case.context > 1 or "mask" in batch or case.positions == "mrope"))
         or (batch == "positions of M-RoPE" and case.positions != "mrope")
+        or (case.positions == "mrope" and case.context > 1)  # Megatron deals the wrong dimension
         or (batch == "padding mask" and (not case.experts or case.tensor * case.context > 1))
         or (batch == "prefix mask" and (case.context > 1 or case.num_stages > 1))
         or (loss == "of logits" and case.tensor > 1)

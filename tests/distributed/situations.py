@@ -218,8 +218,10 @@ def run(situation: Situation) -> Result:
     get_moe_metrics_tracker().metrics.clear()  # as long as another model has layers
     case = situation.case
     session.settings = settings_of(case)
+    case.layout.enter()
+    whole = whole_model(case)
     case.layout.enter(case.num_chunks)
-    chunks = stage_chunks(case, whole_model(case))
+    chunks = stage_chunks(case, whole)
     has_chunks = case.num_chunks > 1
     replica = parallel_state.get_data_parallel_rank()
     forward_step = forward_step_of(situation)
