@@ -142,7 +142,7 @@ def cause(text: str) -> str:
     root = text.rpartition("Root Cause (first observed failure)")[2]
     found = re.findall(r"^\s*(?:[\w.]+\.)?(\w+Error: .*)$", root, re.MULTILINE)
     if found:
-        return found[-1].strip()
+        return re.sub(r"\[/\S+\] ", "", found[-1].strip())  # where gloo's sources were compiled
     signalled = re.search(r"traceback : (Signal .* received)", root)
     rank = re.search(r"rank\s+: (\d+)", root)
     if signalled and rank:
