@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from seq1f1b.errors import Seq1F1BError
+
 _LOCK = ".seq1f1b-lock"
 _CONTENT = "content"
 _GIB = 1 << 30
 
 
-class FolderError(ValueError):
+class FolderError(Seq1F1BError, ValueError):
     """A folder that cannot be made; the message names it."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from seq1f1b.errors import Seq1F1BError
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = np.dtype([("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("indices", "<u8")])
@@ -18,7 +20,7 @@ _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8
 _CHUNK = 1 << 20
 
 
-class DataFileError(ValueError):
+class DataFileError(Seq1F1BError, ValueError):
     """A data set that cannot be read; the message names the file."""
 
 

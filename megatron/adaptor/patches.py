@@ -15,13 +15,15 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from seq1f1b.errors import Seq1F1BError
+
 SUPPORTED_VERSIONS = ">=0.19.2,<0.20"
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-class UnsupportedMegatronError(RuntimeError):
+class UnsupportedMegatronError(Seq1F1BError, RuntimeError):
     """The Megatron-Core that is installed is not one that the adaptor knows."""
 
 

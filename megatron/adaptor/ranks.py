@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron.adaptor.patches import Patch
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.runtime import LinkError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ _LOST_PEER = re.compile(
 )
 
 
-class RanksDifferError(RuntimeError):
+class RanksDifferError(Seq1F1BError, RuntimeError):
     """Ranks of one job were started with different arguments or different code."""
 
 
-class PeerLostError(RuntimeError):
+class PeerLostError(Seq1F1BError, RuntimeError):
     """This rank stopped because another rank had stopped before."""
 
 

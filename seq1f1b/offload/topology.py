@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from seq1f1b.errors import Seq1F1BError
 
-class TopologyError(ValueError):
+
+class TopologyError(Seq1F1BError, ValueError):
     """A description of a machine that cannot be read; the message names the line."""
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from seq1f1b.errors import Seq1F1BError
 
-class SettingError(ValueError):
+
+class SettingError(Seq1F1BError, ValueError):
     """Settings that Megatron or the planner does not take; every fault names its flag."""
 
     def __init__(self, faults: Sequence[str]) -> None:
@@ -11,5 +13,5 @@ class SettingError(ValueError):
         self.faults = tuple(faults)
 
 
-class DataFileError(ValueError):
+class DataFileError(Seq1F1BError, ValueError):
     """A description file that is missing or has a field that does not fit."""

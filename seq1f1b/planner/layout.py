@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.planner.arguments import Arguments
 
 
@@ -21,7 +22,7 @@ class ChunkLayers:
     head: bool = False
 
 
-class LayoutError(ValueError):
+class LayoutError(Seq1F1BError, ValueError):
     """Layers that cannot be dealt to the stages as asked; the message names the flag."""
 
 

@@ -1,6 +1,6 @@
 """Run one rank's list of actions."""
 
-from seq1f1b.runtime.clock import ActionClock, Timed
+from seq1f1b.runtime.clock import ActionClock
 from seq1f1b.runtime.context import ExecutionContext
 from seq1f1b.runtime.executor import ActionError, Computation, execute
 from seq1f1b.runtime.memory import ActivationMeter
@@ -30,7 +30,6 @@ __all__ = [
     "LinkError",
     "PointToPoint",
     "StagedPointToPoint",
-    "Timed",
     "Transport",
     "WeightGradients",
     "connect",

@@ -1,19 +1,11 @@
 """When each action of a rank started and ended."""
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from seq1f1b.schedule import Action
-
-
-class Timed(NamedTuple):
-    """An action with its start and end, in seconds since the step began."""
-
-    action: Action
-    start: float
-    end: float
+from seq1f1b.schedule import Action, Span
 
 
 class _HostStamp:
@@ -57,13 +49,13 @@ class ActionClock:
         """The computation that began last was ``action`` and ends now."""
         self._stamps.append((action, self._started, self._now()))
 
-    def finish(self) -> tuple[list[Timed], float]:
+    def finish(self) -> tuple[list[Span], float]:
         """Return all computations of the step and its whole length in seconds."""
         last = self._now()
         if self._on_cuda:
             torch.cuda.synchronize()
         timed = [
-            Timed(action, start.seconds_since(self._origin), end.seconds_since(self._origin))
+            Span(action, start.seconds_since(self._origin), end.seconds_since(self._origin))
             for action, start, end in self._stamps
         ]
         return timed, last.seconds_since(self._origin)

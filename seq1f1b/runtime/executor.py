@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.profiler import record_function
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.runtime.clock import ActionClock
 from seq1f1b.runtime.context import ExecutionContext
 from seq1f1b.runtime.transport import Pending, Transport
@@ -13,7 +14,7 @@ from seq1f1b.schedule import Action, Kind
 from seq1f1b.sequence import Documents, SubSequence
 
 
-class ActionError(RuntimeError):
+class ActionError(Seq1F1BError, RuntimeError):
     """An action failed; the message names stage, step and action, the cause is chained."""
 
 

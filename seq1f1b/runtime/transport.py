@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.schedule import Action, Kind, Schedule
 
 Device = torch.device | str | int
 
 
-class LinkError(RuntimeError):
+class LinkError(Seq1F1BError, RuntimeError):
     """An exchange with another rank failed; the message names the rank."""
 
 

@@ -5,6 +5,7 @@ from seq1f1b.schedule.generators import forward_only, gpipe, interleaved, one_f_
 from seq1f1b.schedule.lower import lower
 from seq1f1b.schedule.plan import Plan, PlanError
 from seq1f1b.schedule.schedule import Schedule
+from seq1f1b.schedule.span import Span
 from seq1f1b.schedule.validate import ScheduleError, peak_live, validate
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "PlanError",
     "Schedule",
     "ScheduleError",
+    "Span",
     "forward_only",
     "gpipe",
     "interleaved",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.schedule.action import Action
 from seq1f1b.schedule.lower import lower
 from seq1f1b.schedule.schedule import Schedule
@@ -12,7 +13,7 @@ from seq1f1b.schedule.validate import validate
 from seq1f1b.sequence import SubSequence, sub_sequences
 
 
-class PlanError(ValueError):
+class PlanError(Seq1F1BError, ValueError):
     """A plan whose parts do not fit each other, or a file that holds none."""
 
 

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.edges import Event, dependencies, event
 from seq1f1b.schedule.schedule import Schedule
 
 
-class ScheduleError(ValueError):
+class ScheduleError(Seq1F1BError, ValueError):
     """A schedule that would compute something wrong, run out of memory or never end."""
 
 

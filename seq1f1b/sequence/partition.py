@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.sequence.flops import PackedCost, TokenCost
 
 BalanceMethod = Literal["average", "uniform_comp"]
 BALANCE_METHODS: tuple[BalanceMethod, ...] = get_args(BalanceMethod)
 
 
-class PartitionError(ValueError):
+class PartitionError(Seq1F1BError, ValueError):
     """The sequence cannot be cut as asked."""
 
 

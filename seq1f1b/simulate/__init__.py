@@ -1,6 +1,6 @@
 """What a schedule costs before it runs."""
 
-from seq1f1b.simulate.costs import CostError, Costs, CostsByMicroBatch, Link, Measured
+from seq1f1b.simulate.costs import CostError, Costs, CostsByMicroBatch, Link
 from seq1f1b.simulate.greedy import greedy
 from seq1f1b.simulate.memory import Memory, memory_over_time, peak_memory
 from seq1f1b.simulate.simulator import Simulation, simulate
@@ -10,7 +10,6 @@ __all__ = [
     "Costs",
     "CostsByMicroBatch",
     "Link",
-    "Measured",
     "Memory",
     "Simulation",
     "greedy",

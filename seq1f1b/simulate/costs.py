@@ -5,9 +5,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from seq1f1b.schedule import Action, Kind, Schedule
+from seq1f1b.errors import Seq1F1BError
+from seq1f1b.schedule import Action, Kind, Schedule, Span
 from seq1f1b.sequence import PackedCost, TokenCost, sub_sequences
 
 Part = tuple[Kind, int, int]
@@ -18,19 +18,8 @@ _PART = re.compile(r"(\d+)([FBIW])\.(\d+)")
 _COMPUTE = (Kind.F, Kind.B, Kind.I, Kind.W)
 
 
-class CostError(ValueError):
+class CostError(Seq1F1BError, ValueError):
     """Costs that do not fit the schedule."""
-
-
-class Measured(Protocol):
-    """An action with its start and end in seconds, as ``seq1f1b.runtime.Timed`` is."""
-
-    @property
-    def action(self) -> Action: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ class Costs:
         return cls((parts,) * schedule.num_stages)
 
     @classmethod
-    def measured(cls, stages: Iterable[Iterable[Measured]]) -> "Costs":
+    def measured(cls, stages: Iterable[Iterable[Span]]) -> "Costs":
         """Take the mean over micro-batches of what each stage measured."""
         return cls(tuple(_means(entries) for entries in stages))
 
@@ -205,7 +194,7 @@ def _part(name: str) -> Part:
     return Kind(match[2]), int(match[1]), int(match[3])
 
 
-def _means(entries: Iterable[Measured]) -> Mapping[Part, float]:
+def _means(entries: Iterable[Span]) -> Mapping[Part, float]:
     seconds: defaultdict[Part, list[float]] = defaultdict(list)
     for entry in entries:
         action = entry.action

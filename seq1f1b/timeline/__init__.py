@@ -1,7 +1,8 @@
 """Pictures of a schedule, planned and measured, from the same actions."""
 
+from seq1f1b.schedule import Span
 from seq1f1b.timeline.chrome import chrome_trace
-from seq1f1b.timeline.model import Span, Timeline
+from seq1f1b.timeline.model import Timeline
 from seq1f1b.timeline.page import html_page
 from seq1f1b.timeline.text import text_grid
 from seq1f1b.timeline.trace import TraceError, read_trace, write_trace

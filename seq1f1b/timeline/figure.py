@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seq1f1b.schedule import Action, Kind
+from seq1f1b.schedule import Action, Kind, Span
 from seq1f1b.timeline import palette
-from seq1f1b.timeline.model import Span, Timeline
+from seq1f1b.timeline.model import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

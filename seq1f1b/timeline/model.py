@@ -2,20 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from seq1f1b.schedule import Action
+from seq1f1b.schedule import Action, Span
 
 Curve = tuple[tuple[float, float], ...]
 """Moments, each with the value that holds from then on."""
-
-
-class Span(NamedTuple):
-    """A computation with its start and end."""
-
-    action: Action
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A schedule as lines of text, one a stage, time from left to right."""
 
-from seq1f1b.timeline.model import Span, Timeline
+from seq1f1b.schedule import Span
+from seq1f1b.timeline.model import Timeline
 
 _IDLE = "·"
 _MOST_COLUMNS = 100_000

@@ -7,30 +7,22 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
-from seq1f1b.schedule import Action
-from seq1f1b.timeline.model import Span, Timeline
+from seq1f1b.errors import Seq1F1BError
+from seq1f1b.schedule import Action, Span
+from seq1f1b.timeline.model import Timeline
 
 _MOST_SECONDS = 1e12
 
 
-class TraceError(ValueError):
+class TraceError(Seq1F1BError, ValueError):
     """A trace that cannot be read; the message names file and line."""
 
 
-class _Timed(Protocol):
-    @property
-    def action(self) -> Action: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
-
-
-def write_trace(stream: TextIO, stage: int, timed: Iterable[_Timed]) -> None:
+def write_trace(stream: TextIO, stage: int, spans: Iterable[Span]) -> None:
     """Append one stage's actions to an open file."""
-    for entry in timed:
+    for entry in spans:
         fields = {
             "stage": stage,
             "action": str(entry.action),

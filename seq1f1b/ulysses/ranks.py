@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from seq1f1b.errors import Seq1F1BError
+
 _PATIENCE = timedelta(minutes=10)
 
 
-class RanksError(RuntimeError):
+class RanksError(Seq1F1BError, RuntimeError):
     """A rank died without a word; what it raised comes as it is."""
 
 

@@ -7,8 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from seq1f1b.errors import Seq1F1BError
 
-class LayoutError(ValueError):
+
+class LayoutError(Seq1F1BError, ValueError):
     """Positions, mask or cumulative lengths that describe no rows of documents."""
 
 

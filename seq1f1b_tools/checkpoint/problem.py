@@ -1,9 +1,11 @@
 """What a user did not expect of a checkpoint."""
 
+from seq1f1b.errors import Seq1F1BError
+
 _LONGEST = 400
 
 
-class ConversionError(ValueError):
+class ConversionError(Seq1F1BError, ValueError):
     """A checkpoint that cannot be converted; the message names the file, tensor or setting."""
 
 

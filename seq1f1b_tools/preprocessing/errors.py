@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from seq1f1b.errors import Seq1F1BError
+
 SETTING_EXIT_CODE = 2
 DATA_EXIT_CODE = 1
 
 
-class SettingError(Exception):
+class SettingError(Seq1F1BError):
     """A flag's value cannot work; the message names the flag. The exit code is 2."""
 
 
-class DataError(Exception):
+class DataError(Seq1F1BError):
     """The input, the disk or a worker failed on the way; nothing was published. Exit code 1."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b_tools.preprocessing.errors import DataError
 from seq1f1b_tools.preprocessing.inputs import is_pipe
 from seq1f1b_tools.preprocessing.unpack import Counted, kind_of, lines_of, rows_of
@@ -30,7 +31,7 @@ class Batch:
     last_line: str = ""
 
 
-class BadLineError(ValueError):
+class BadLineError(Seq1F1BError, ValueError):
     """One line that holds no usable document."""
 
 

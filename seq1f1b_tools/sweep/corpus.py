@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b_tools.sweep.settings import ROOT, Settings
 
 _JSON_KEY = "content"
 
 
-class CorpusError(RuntimeError):
+class CorpusError(Seq1F1BError, RuntimeError):
     """The data could not be made."""
 
 

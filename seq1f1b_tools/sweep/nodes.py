@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from seq1f1b.errors import Seq1F1BError
+
 _POLL_SECONDS = 0.2
 _SECONDS_TO_MEET = 900.0
 _SECONDS_TO_ANSWER = 300.0
@@ -83,7 +85,7 @@ def _first_host(node_list: str) -> str:
     return hosts[0]
 
 
-class NodesError(Exception):
+class NodesError(Seq1F1BError):
     """The nodes cannot go on together."""
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.files import replacing
 from seq1f1b_tools.sweep.launch import Status
 
@@ -22,7 +23,7 @@ _MIB = 2**20
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 
-class OutputError(RuntimeError):
+class OutputError(Seq1F1BError, RuntimeError):
     """The folder for the results cannot be used."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.sequence import BALANCE_METHODS
 from seq1f1b_tools.sweep.models import MODELS
 from seq1f1b_tools.sweep.nodes import Cluster, slurm_variables
@@ -188,7 +189,7 @@ def help_text() -> str:
     )
 
 
-class SettingsError(ValueError):
+class SettingsError(Seq1F1BError, ValueError):
     """Environment variables that cannot work; the message has a line for each fault."""
 
 

@@ -13,6 +13,7 @@ from seq1f1b.schedule import (
     Kind,
     Schedule,
     ScheduleError,
+    Span,
     gpipe,
     interleaved,
     lower,
@@ -323,11 +324,6 @@ def test_one_stage_may_split_some_backwards_and_not_others():
     result = simulate(schedule, thirds(schedule, 1.0, 2.0, 3.0))
     assert list(result.starts[1]) == [1.0, 2.0, 3.0, 8.0, 10.0]
     assert list(result.starts[0]) == [0.0, 1.0, 8.0, 13.0, 15.0]
-
-
-class Span:
-    def __init__(self, action: Action, start: float, end: float) -> None:
-        self.action, self.start, self.end = action, start, end
 
 
 def test_a_million_actions_take_seconds():

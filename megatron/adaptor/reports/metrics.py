@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 
 from megatron.adaptor.layers.weight_gradients import name_owners
 from megatron.adaptor.patches import Patch
-from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext, Timed
-from seq1f1b.schedule import Action, Kind
+from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext
+from seq1f1b.schedule import Action, Kind, Span
 from seq1f1b.simulate import Costs
 
 _MIB = 2**20
@@ -77,7 +77,7 @@ class StepMeter:
         self._num_timed = dict.fromkeys((Kind.F, Kind.B), 0)
         self.before_step: Callable[[], None] | None = None
         self.last: StageFigures | None = None
-        self.timed: Sequence[Timed] = ()
+        self.timed: Sequence[Span] = ()
         self._seconds = 0.0
         self._losses: dict[str, Any] = {}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from megatron.adaptor.step.masks import check_mask
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.runtime import ExecutionContext
 from seq1f1b.sequence import SubSequence
 
@@ -23,7 +24,7 @@ _UNCUT = frozenset(
 _MASK = "attention_mask"
 
 
-class DataError(RuntimeError):
+class DataError(Seq1F1BError, RuntimeError):
     """The data iterator does not deliver what a step of sub-sequences needs."""
 
 

@@ -18,10 +18,11 @@ from torch.utils import _pytree as pytree
 
 from megatron.adaptor.step.model_calls import ModelCall
 from megatron.adaptor.step.shards import Shards
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.sequence import SubSequence
 
 
-class LossError(ValueError):
+class LossError(Seq1F1BError, ValueError):
     """A loss that cannot be computed from the outputs of sub-sequences."""
 
 

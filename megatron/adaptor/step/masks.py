@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.sequence import Documents
 
 _ELEMENTS_AT_A_TIME = 2**22
 
 
-class MaskError(ValueError):
+class MaskError(Seq1F1BError, ValueError):
     """An attention mask that sub-sequences cannot honour."""
 
 

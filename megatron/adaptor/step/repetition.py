@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from megatron.adaptor.step.batch_feed import sequence_dim
 from megatron.adaptor.step.model_calls import ModelCall
 from megatron.adaptor.step.shards import Shards
+from seq1f1b.errors import Seq1F1BError
 from seq1f1b.sequence import SubSequence
 
 _MASK = "attention_mask"  # checked where the batch is cut, and None from there on
 _WAY_OUT = "or use --seq1f1b-splits 1"
 
 
-class RepetitionError(RuntimeError):
+class RepetitionError(Seq1F1BError, RuntimeError):
     """A forward step that differs from call to call."""
 
 

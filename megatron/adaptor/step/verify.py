@@ -11,12 +11,13 @@ from torch.utils import _pytree as pytree
 
 from megatron.adaptor.step.batch_feed import BatchItem
 from megatron.adaptor.step.step import StepArguments
+from seq1f1b.errors import Seq1F1BError
 
 RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 HALF_PRECISION_TOLERANCE = 2e-2
 
 
-class VerificationError(RuntimeError):
+class VerificationError(Seq1F1BError, RuntimeError):
     """Sub-sequences do not give what one split gives."""
 
 

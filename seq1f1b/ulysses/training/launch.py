@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from seq1f1b.errors import Seq1F1BError
+
 LAUNCHERS = ("none", "pytorch", "slurm")
 _PORT = "29500"
 
 
-class LaunchError(ValueError):
+class LaunchError(Seq1F1BError, ValueError):
     """The environment does not describe a set of processes."""
 
 

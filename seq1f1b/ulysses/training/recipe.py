@@ -15,8 +15,10 @@ from pydantic import (
     model_validator,
 )
 
+from seq1f1b.errors import Seq1F1BError
 
-class RecipeError(ValueError):
+
+class RecipeError(Seq1F1BError, ValueError):
     """A recipe, or a flag that changes it, says something impossible; lists all of it."""
 
 

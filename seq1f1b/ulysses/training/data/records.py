@@ -1,5 +1,6 @@
 """Records of a data set: from JSON lines, Parquet, the hub, or Python's own library."""
 
+from seq1f1b.errors import Seq1F1BError
 import glob
 import json
 import sysconfig
@@ -12,7 +13,7 @@ PYTHON_LIBRARY = "python-library"
 _ENDINGS = (".jsonl", ".json", ".parquet")
 
 
-class DataError(ValueError):
+class DataError(Seq1F1BError, ValueError):
     """The data cannot be read as the recipe says; names file and line."""
 
 
