@@ -36,8 +36,8 @@ class FlashAttn3(BottomRight):
     ) -> tuple[Tensor, Tensor]:
         """See BottomRight."""
         most = None if bounds is None else longest
-        # By place: older builds have no defaults, and the places are the same. Arguments omitted in
-        # between is a cache of keys, pages, rotation and scales of 8-bit types.
+        # By place: older builds have no defaults, and the places are the same. The arguments in
+        # between are a cache of keys, pages, rotation and scales of 8-bit types.
         output, log_sum_exp, *_ = _package()._flash_attn_forward(
             *(q, k, v, None, None, None, None, bounds, bounds, None, None, None, most, most),
             *([None] * 9),
