@@ -9,10 +9,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron.adaptor.layers.context_parallel import to_heads, to_tokens
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.step.masks import CausalMasks, MaskError
 from megatron.adaptor.step.shards import dealt
+from seq1f1b.attention.token_heads import head_and_tail, to_heads, to_tokens
 from seq1f1b.runtime import ExecutionContext
 
 _LOCAL = "megatron.core.transformer.dot_product_attention:DotProductAttention"
@@ -152,8 +152,10 @@ class Attention:
         if module.config.context_parallel_size == 1:
             return attend(module, query, key, value, scale).flatten(2)
         group = parallel_state.get_context_parallel_group()
-        query, key, value = (to_heads(group, tensor) for tensor in (query, key, value))
-        return to_tokens(group, attend(module, query, key, value, scale)).flatten(2)
+        query, key, value = (
+            to_heads(group, tensor, head_and_tail) for tensor in (query, key, value)
+        )
+        return to_tokens(group, attend(module, query, key, value, scale), head_and_tail).flatten(2)
 
 
 _WAY_OUT = "sub-sequences attend causally only: use --seq1f1b-splits 1"
