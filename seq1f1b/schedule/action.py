@@ -9,8 +9,22 @@ from enum import StrEnum
 from typing import NamedTuple
 
 
+class Does(StrEnum):
+    """What an action is for: it keeps the device or a link busy, or owns a place on the device."""
+
+    COMPUTE = "compute"
+    SEND = "send"
+    RECEIVE = "receive"
+    LOAD = "load"
+    FREE = "free"
+
+
 class Kind(StrEnum):
-    """What an action does. A combined backward is B; I and W are its two halves."""
+    """What an action does. A combined backward is B; I and W are its two halves.
+
+    LOAD brings a model chunk's weights to the device before the F or B that first needs them. FREE
+    gives their place up; FREE_B, where gradients were computed, takes those out first.
+    """
 
     F = "F"
     B = "B"
@@ -20,24 +34,62 @@ class Kind(StrEnum):
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
+    LOAD_F = "LOAD_F"
+    LOAD_B = "LOAD_B"
+    FREE_F = "FREE_F"
+    FREE_B = "FREE_B"
+
+    @property
+    def does(self) -> Does:
+        """What the action is for."""
+        return _DOES[self]
 
     @property
     def is_compute(self) -> bool:
         """Whether the action keeps the device busy rather than a link."""
-        return self in COMPUTE_KINDS
+        return self.does is Does.COMPUTE
 
     @property
     def is_send(self) -> bool:
         """Whether the action hands a tensor to another stage."""
-        return self in (Kind.SEND_F, Kind.SEND_B)
+        return self.does is Does.SEND
 
     @property
     def is_receive(self) -> bool:
         """Whether the action takes a tensor from another stage."""
-        return self in (Kind.RECV_F, Kind.RECV_B)
+        return self.does is Does.RECEIVE
+
+    @property
+    def is_load(self) -> bool:
+        """Whether the action brings a model chunk to the device."""
+        return self.does is Does.LOAD
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the action gives up a model chunk's place on the device."""
+        return self.does is Does.FREE
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether the action computes gradients, all of them or a half."""
+        return self in _BACKWARD
 
 
-COMPUTE_KINDS = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
+_DOES = {
+    Kind.F: Does.COMPUTE,
+    Kind.B: Does.COMPUTE,
+    Kind.I: Does.COMPUTE,
+    Kind.W: Does.COMPUTE,
+    Kind.SEND_F: Does.SEND,
+    Kind.RECV_F: Does.RECEIVE,
+    Kind.SEND_B: Does.SEND,
+    Kind.RECV_B: Does.RECEIVE,
+    Kind.LOAD_F: Does.LOAD,
+    Kind.LOAD_B: Does.LOAD,
+    Kind.FREE_F: Does.FREE,
+    Kind.FREE_B: Does.FREE,
+}
+_BACKWARD = frozenset({Kind.B, Kind.I, Kind.W})
 
 _PATTERN = re.compile(r"(\d+)([A-Z_]+?)(\d+)\.(\d+)")
 

@@ -117,11 +117,19 @@ def gpipe(num_stages: int, num_micro_batches: int, num_splits: int = 1) -> Sched
 
 
 def forward_only(
-    num_stages: int, num_chunks: int, num_micro_batches: int, num_splits: int = 1
+    num_stages: int,
+    num_chunks: int,
+    num_micro_batches: int,
+    num_splits: int = 1,
+    group: int | None = None,
 ) -> Schedule:
-    """Evaluation: forwards and nothing else."""
+    """Evaluation: forwards and nothing else, ``group`` sub-sequences a turn.
+
+    Those are as many as stages unless given.
+    """
     num_units = num_micro_batches * num_splits
-    turns = [min(num_stages, num_units - first) for first in range(0, num_units, num_stages)]
+    size = group or num_stages
+    turns = [min(size, num_units - first) for first in range(0, num_units, size)]
     forwards, _ = _orders(num_chunks, num_micro_batches, num_splits, turns)
     return _build(
         "forward-only",

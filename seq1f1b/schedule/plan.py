@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from seq1f1b.errors import Seq1F1BError
 from seq1f1b.schedule.action import Action
@@ -50,7 +51,7 @@ class Plan:
     def write(self, path: Path) -> None:
         """Write JSON: the schedule's shape and actions, and the lengths of sub-sequences."""
         shape = self.schedule
-        content = {
+        content: dict[str, Any] = {
             "name": shape.name,
             "num_stages": shape.num_stages,
             "num_chunks": shape.num_chunks,
@@ -59,6 +60,8 @@ class Plan:
             "stages": [" ".join(map(str, actions)) for actions in shape.stages],
             "lengths": [[part.length for part in parts] for parts in self.cuts],
         }
+        if shape.slots is not None:
+            content |= {"slots": shape.slots, "num_slots": shape.num_slots}
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -79,7 +82,15 @@ class Plan:
             )
             if len(stages) != shape["num_stages"]:
                 raise PlanError(f"{len(stages)} stages have actions, not {shape['num_stages']}")
-            schedule = Schedule(str(content["name"]), **shape, stages=stages, lowered=True)
+            slots = content.get("slots")
+            schedule = Schedule(
+                str(content["name"]),
+                **shape,
+                stages=stages,
+                lowered=True,
+                slots=None if slots is None else tuple(tuple(map(int, row)) for row in slots),
+                num_slots=None if slots is None else int(content["num_slots"]),
+            )
             validate(schedule)
             cuts = [sub_sequences(map(int, lengths)) for lengths in content["lengths"]]
             return cls(schedule, tuple(cuts))

@@ -12,6 +12,9 @@ class Schedule:
     Model chunk c of stage i is the (c * num_stages + i)-th part of the model, so activations go
     round the stages ``num_chunks`` times. ``lowered`` tells whether sends and receives are in the
     lists or still implied by the computations.
+
+    slots: where model chunks visit the device instead of staying there: for each stage the place
+    that each of its chunks always takes, counted from 0. num_slots: how many places there are.
     """
 
     name: str
@@ -21,6 +24,8 @@ class Schedule:
     num_splits: int
     stages: tuple[tuple[Action, ...], ...]
     lowered: bool = False
+    slots: tuple[tuple[int, ...], ...] | None = None
+    num_slots: int | None = None
 
     def with_stages(self, stages: tuple[tuple[Action, ...], ...], *, lowered: bool) -> "Schedule":
         """Return the same schedule with other action lists."""
@@ -55,8 +60,9 @@ class Schedule:
 
     def describe(self) -> str:
         """Return the one line that says what will run."""
+        visiting = f", {self.num_slots} on the device at a time" if self.slots else ""
         return (
-            f"{self.name}: {self.num_stages} stages x {self.num_chunks} model chunks, "
+            f"{self.name}: {self.num_stages} stages x {self.num_chunks} model chunks{visiting}, "
             f"{self.num_micro_batches} micro-batches x {self.num_splits} sub-sequences"
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from seq1f1b.errors import Seq1F1BError
 from seq1f1b.schedule.action import Action, Kind
 from seq1f1b.schedule.edges import Event, dependencies, event
+from seq1f1b.schedule.residency import residency_faults
 from seq1f1b.schedule.schedule import Schedule
 
 
@@ -20,6 +21,8 @@ def validate(schedule: Schedule, *, max_live: int | Sequence[int] | None = None)
     backward, once backward; that sends and receives pair up in the same order at both ends of each
     link; that the stages, run in their own orders, never wait for each other in a circle (this
     covers the order of sub-sequences inside a stage, which carry keys, values and their gradients);
+    that model chunks which visit the device are there whenever they compute, each in its own slot,
+    never two in one, and leave with their gradients;
     and, with ``max_live`` (of all stages, or of each), that no stage holds more sub-sequences than
     that between forward and backward. The message names the stage, the step, the action and what
     it waits for.
@@ -29,6 +32,9 @@ def validate(schedule: Schedule, *, max_live: int | Sequence[int] | None = None)
         _check_complete(schedule, stage, actions, trains=trains)
     if schedule.lowered:
         _check_pairs(schedule)
+    for stage in range(schedule.num_stages):
+        for step, fault in residency_faults(schedule, stage):
+            raise ScheduleError(f"{_at(schedule, stage, step)}: {fault}")
     _run(schedule)
     if max_live is not None:
         limits = [max_live] * schedule.num_stages if isinstance(max_live, int) else max_live
