@@ -3,9 +3,12 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron.adaptor.patches import Attribute, Patch
     from megatron.adaptor.session import Session
 
+_TRAINING = "megatron.training."
 _sessions: list["Session"] = []
+_trains: list["Session"] = []
 
 
 def install() -> "Session":
@@ -15,15 +18,40 @@ def install() -> "Session":
     UnsupportedMegatronError, before anything is changed, when the installed Megatron-Core is not
     one that the patches know.
     """
-    if not _sessions:
-        from megatron.adaptor.cpu import device
-
-        device.install()
-
+    if not _trains:
         from megatron.adaptor.patches import apply_all
-        from megatron.adaptor.session import Session
 
-        session = Session("cpu" if device.installed() else "cuda")
-        apply_all(session.patches())
+        is_first = not _sessions
+        session = _session()
+        patches = session.patches()
+        apply_all(patches if is_first else [p for p in patches if _is_of_training(p)])
+        _trains.append(session)
+        _sessions[:] = [session]
+    return _sessions[0]
+
+
+def session_of_core() -> "Session":
+    """Return the process's session, with Megatron-Core patched but not ``megatron.training``."""
+    if not _sessions:
+        from megatron.adaptor.patches import apply_all
+
+        session = _session()
+        apply_all([patch for patch in session.patches() if not _is_of_training(patch)])
         _sessions.append(session)
     return _sessions[0]
+
+
+def _session() -> "Session":
+    if _sessions:
+        return _sessions[0]
+    from megatron.adaptor.cpu import device
+
+    device.install()
+
+    from megatron.adaptor.session import Session
+
+    return Session("cpu" if device.installed() else "cuda")
+
+
+def _is_of_training(patch: "Patch | Attribute") -> bool:
+    return patch.target.startswith(_TRAINING)

@@ -54,8 +54,8 @@ class Patch:
             raise _unsupported(self, ", ".join(faults))
         return function
 
-    def apply(self) -> None:
-        """Replace the function where it is defined and wherever it was imported by name."""
+    def apply(self) -> tuple[Any, Any]:
+        """Replace the function where it is defined; return it and what took its place."""
         original, replacement = self.original(), self.replacement
 
         @functools.wraps(original)
@@ -67,9 +67,7 @@ class Patch:
                 setattr(call, extra, getattr(original, extra))
         owner, name = self._owner()
         setattr(owner, name, call)
-        for module_name, module in list(sys.modules.items()):
-            if module_name.startswith("megatron.") and vars(module).get(name) is original:
-                setattr(module, name, call)
+        return original, call
 
     def _owner(self) -> tuple[Any, str]:
         module_name, path = self.target.split(":")
@@ -103,7 +101,7 @@ class Attribute:
             raise _unsupported(self, f"is not there ({error})") from None
 
     def apply(self) -> None:
-        """Set the value."""
+        """Set the value in the module, and nowhere else."""
         module_name, name = self.target.split(":")
         setattr(importlib.import_module(module_name), name, self.value)
 
@@ -140,8 +138,28 @@ def apply_all(patches: Sequence[Patch | Attribute]) -> None:
     check_version()
     for patch in patches:
         patch.original()
+    replaced: dict[int, tuple[Any, Any]] = {}
     for patch in patches:
-        patch.apply()
+        if isinstance(patch, Patch):
+            original, call = patch.apply()
+            replaced[id(original)] = original, call
+        else:
+            patch.apply()
+    _rebind(replaced)
+
+
+def _rebind(replaced: dict[int, tuple[Any, Any]]) -> None:
+    """Replace functions in every loaded module that has imported them, under whatever name."""
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None)
+        if not isinstance(names, dict):
+            continue
+        for name, value in list(names.items()):
+            new = value
+            while id(new) in replaced:
+                new = replaced[id(new)][1]
+            if new is not value:
+                names[name] = new
 
 
 def _unsupported(patch: Patch | Attribute, fault: str) -> UnsupportedMegatronError:

@@ -1,6 +1,7 @@
 """The state of one training process under the adaptor, shared by everything that it replaces."""
 
 import argparse
+from typing import Any
 
 from megatron.adaptor.command_line.model_cost import token_cost
 from megatron.adaptor.command_line.parsing import CommandLine
@@ -16,8 +17,10 @@ from megatron.adaptor.ranks import Ranks
 from megatron.adaptor.reports.iteration_log import IterationLog
 from megatron.adaptor.reports.metrics import StepMeter
 from megatron.adaptor.reports.outlook import MemoryLine
+from megatron.adaptor.request import Request
 from megatron.adaptor.step.batch_feed import BatchCutter
 from megatron.adaptor.step.loop import Loop
+from megatron.adaptor.step.step import StepArguments
 from megatron.adaptor.without_engine import distributed_optimizer, fallbacks, norms, tokenizer
 from seq1f1b.runtime import ExecutionContext
 
@@ -33,7 +36,10 @@ class Session:
         self.router_losses = RouterLosses(self.context)
         self.loop = Loop(self)
         self.args: argparse.Namespace | None = None
+        self.request: Request | None = None
+        self.has_stepped = False
         self._settings: Settings | None = None
+        self._requested: tuple[Any, Settings] | None = None
         self._knows_vocabulary = False
 
     @property
@@ -46,8 +52,35 @@ class Session:
         self._settings, self.args = settings, None
         self._apply(settings)
 
+    @property
+    def asked(self) -> "Settings | Request | None":
+        """What the process is to run: what ``enable`` was given, or what the flags mean."""
+        return self.request or self._settings
+
+    def settings_for(self, arguments: StepArguments) -> Settings:
+        """Return the settings of a step, which those of ``enable`` depend on; all ranks must call.
+
+        Raises ValueError with every fault of the request for a model and a step like this one.
+        """
+        self.has_stepped = True
+        if self.request is None:
+            assert self._settings is not None
+            return self._settings
+        key = self.request, arguments.config, arguments.shape
+        if self._requested is None or self._requested[0] != key:
+            settings = self.request.settings(arguments)
+            self._requested = key, settings
+            self._settings = settings
+            self._apply(settings)
+        return self._requested[1]
+
     def accept(self, settings: Settings, args: argparse.Namespace) -> None:
         """Use the settings of a command line that has been checked."""
+        if self.request is not None:
+            raise RuntimeError(
+                "megatron.adaptor.enable() was called, and Megatron's command line brings settings "
+                "of its own: use either enable() or the flags"
+            )
         self._settings, self.args = settings, args
         self._apply(settings)
 
@@ -76,7 +109,7 @@ class Session:
             *Positions(self.context).patches(),
             *self.router_losses.patches(),
             *MultiTokenPrediction(self.context, self.cutter).patches(),
-            *EngineConfiguration(lambda: self.settings).patches(),
+            *EngineConfiguration(lambda: self.asked).patches(),
             *weight_gradients.patches(self.context),
         ]
 

@@ -33,5 +33,5 @@ def test_lengths_are_read_ahead_and_micro_batches_come_again():
     "replay", [None, BatchFeed(iter([[1, 2]])), BatchFeed(iter([{"text": 1}]))]
 )
 def test_data_that_does_not_say(replay):
-    with pytest.raises(ValueError, match=r"must give dicts with 'tokens' \[b, s\]"):
+    with pytest.raises(ValueError, match=r"must give dicts with 'tokens' or 'input_ids' \[b, s\]"):
         agree_on_lengths(replay, GROUPS, num_micro_batches=1)

@@ -176,6 +176,8 @@ def _num_tokens_of_a_product(args: argparse.Namespace) -> int:
 
 def _packing(args: argparse.Namespace) -> Packing | None:
     """Return how the data that these flags make tells documents apart."""
+    if packing := getattr(args, "seq1f1b_packing", None):
+        return packing
     for name, flag in (
         ("sft", "--sft"),
         ("dataloader_inter_document_masking", "--dataloader-inter-document-masking"),

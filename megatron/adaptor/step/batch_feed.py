@@ -7,7 +7,7 @@ lets scripts work that know nothing of sub-sequences.
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,12 +32,14 @@ class BatchFeed:
     """The data iterator of one model chunk, which repeats the items of the selected micro-batch.
 
     hidden: names of entries that are handed out as None. repeats: whether a micro-batch is fetched
-    more than once, so that it must be protected from changes in place.
+    more than once, so that it must be protected from changes in place. cut: what is done to an item
+    before it is handed out.
     """
 
     def __init__(
         self, source: Iterator[Any], hidden: Sequence[str] = (), *, repeats: bool = True
     ) -> None:
+        self.cut: Callable[[Any], Any] = lambda item: item
         self._source = source
         self._hidden = hidden
         self._repeats = repeats
@@ -59,9 +61,14 @@ class BatchFeed:
             items.append(BatchItem(self._fetch(), protect=self._repeats))
         item = items[self._position].handed_out()
         self._position += 1
-        if not isinstance(item, dict):
-            return item
-        return {**item, **{key: None for key in self._hidden if key in item}}
+        if isinstance(item, dict):
+            item = {**item, **{key: None for key in self._hidden if key in item}}
+        return self.cut(item)
+
+    @property
+    def was_read(self) -> bool:
+        """Whether anything was fetched since a micro-batch was selected."""
+        return self._position > 0
 
     def select(self, micro_batch: int) -> None:
         """Let the next fetches deliver ``micro_batch`` from its first item on.
@@ -160,11 +167,33 @@ def _is_protected(leaf: Any) -> bool:
 
 
 class BatchCutter:
-    """Cuts batches to the running sub-sequence, and remembers what each tensor was cut from."""
+    """Cuts batches to the running sub-sequence, and remembers what each tensor was cut from.
+
+    in_feed: the forward steps (whether they train, model chunk) whose batches are cut before they
+    get them, since they call nothing that cuts. was_asked: whether a batch was cut since the
+    running action began.
+    """
 
     def __init__(self, context: ExecutionContext) -> None:
         self._context = context
         self._wholes: list[tuple[Tensor, Tensor]] = []
+        self.in_feed: set[tuple[bool, int]] = set()
+        self.was_asked = False
+
+    def cut_item(self, item: Any) -> Any:
+        """Return the running sub-sequence's part of an item of a data iterator.
+
+        Raises DataError unless the item is a dictionary.
+        """
+        if self._context.cut_part is None:
+            return item
+        if not isinstance(item, dict):
+            raise DataError(
+                f"the data iterator delivers {type(item).__name__}, which cannot be cut to "
+                "sub-sequences: deliver dictionaries of tensors, pass each batch through "
+                "get_batch_on_this_cp_rank, or use --seq1f1b-splits 1"
+            )
+        return self.cut(item)
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the running sub-sequence's part of ``batch``, or all of it if nothing is cut.
@@ -172,6 +201,7 @@ class BatchCutter:
         Raises ValueError for a mask that is not the one sub-sequences attend by, and for a tensor
         whose sequence dimension cannot be told.
         """
+        self.was_asked = True
         part = self._context.cut_part
         if part is None:
             return batch
@@ -184,7 +214,7 @@ class BatchCutter:
 
     def forget(self) -> None:
         """A new action begins; nothing has been cut for it yet."""
-        self._wholes = []
+        self._wholes, self.was_asked = [], False
 
     def remember(self, cut: Tensor, whole: Tensor) -> None:
         """Make ``whole_of(cut)`` return ``whole`` until the next action."""

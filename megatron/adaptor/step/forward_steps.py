@@ -1,6 +1,7 @@
 """A script's forward step, called for sub-sequences, and for the loss on the whole micro-batch."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,16 @@ from seq1f1b.sequence import SubSequence
 ForwardStep = Callable[..., Any]
 
 
+class _BatchIsWholeError(Exception):
+    """A forward step calls its model with a batch that nothing has cut."""
+
+
 class ForwardSteps:
     """What Megatron calls in place of a script's ``forward_step`` in the actions of one step.
 
-    feeds: data of each model chunk. cuts: sub-sequences of each micro-batch. is_checked: whether to
-    find out that repeated calls do the same, which is done in the first step of a kind.
+    feeds: data of each model chunk. cuts: sub-sequences of each micro-batch. batch_groups: whose
+    ranks share a batch. is_checked: whether to find out that repeated calls do the same, and who
+    cuts batches, which is done in the first step of a kind.
     """
 
     def __init__(
@@ -40,12 +46,18 @@ class ForwardSteps:
         cuts: Sequence[Sequence[SubSequence]],
         *,
         context_group: Any,
+        batch_groups: Sequence[Any],
         trains: bool,
         is_checked: bool,
     ) -> None:
         self._script, self._context, self._cutter = script, context, cutter
         self._losses, self._feeds, self._cuts = losses, feeds, cuts
         self._context_group, self._trains, self._is_checked = context_group, trains, is_checked
+        self._batch_groups = batch_groups
+        self._undecided = set(range(len(feeds))) if is_checked else set()
+        for chunk, feed in enumerate(feeds):
+            if feed is not None:
+                feed.cut = partial(self._cut_item, (trains, chunk))
         self._inputs: dict[tuple[int, int], list[ModelCall]] = {}
         self._comparison = InputComparison()
 
@@ -75,9 +87,39 @@ class ForwardSteps:
         self, action: Action, iterator: Any, model: Any, others: tuple[Any, ...]
     ) -> tuple[Any, Any, ModelCall]:
         """Call the script for one sub-sequence; its model must be called exactly once."""
+        if action.chunk in self._undecided:
+            self._undecided.discard(action.chunk)
+            self._cutter.in_feed.discard((self._trains, action.chunk))
+            try:
+                return self._observe(action, iterator, model, others, decides=True)
+            except _BatchIsWholeError:
+                self._cutter.in_feed.add((self._trains, action.chunk))
+                feed = self._feeds[action.chunk]
+                if feed is not None:
+                    feed.select(action.micro_batch)
+        return self._observe(action, iterator, model, others)
+
+    def _observe(
+        self,
+        action: Action,
+        iterator: Any,
+        model: Any,
+        others: tuple[Any, ...],
+        *,
+        decides: bool = False,
+    ) -> tuple[Any, Any, ModelCall]:
         # Data is loaded in the first call, and loading may draw random numbers.
         watch = DrawWatch() if self._is_checked and action.sub_sequence > 0 else None
-        with observed(model, watch.boundary if watch else lambda: None) as calls:
+
+        def boundary() -> None:
+            nonlocal decides
+            if watch:
+                watch.boundary()
+            if decides:
+                decides = False
+                self._check_is_cut(action.chunk)
+
+        with observed(model, boundary) as calls:
             output, loss_function = self._script(iterator, model, *others)
         if watch:
             watch.finish()
@@ -88,6 +130,20 @@ class ForwardSteps:
                 "--seq1f1b-splits 1"
             )
         return output, loss_function, calls[0]
+
+    def _check_is_cut(self, chunk: int) -> None:
+        """Raise _BatchIsWholeError on all ranks that share a batch if one has it uncut."""
+        feed = self._feeds[chunk]
+        is_whole = feed is not None and feed.was_read and not self._cutter.was_asked
+        flag = torch.tensor([float(is_whole)], device=torch.cuda.current_device())
+        for group in self._batch_groups:
+            if group.size() > 1:
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
+        if flag.item():
+            raise _BatchIsWholeError
+
+    def _cut_item(self, kind: tuple[bool, int], item: Any) -> Any:
+        return self._cutter.cut_item(item) if kind in self._cutter.in_feed else item
 
     def _on_last_stage(
         self,

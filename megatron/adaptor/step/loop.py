@@ -1,5 +1,6 @@
 """Megatron's ``forward_backward_func``: its own loops, measured, or a step of ours."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import torch
 
 from megatron.adaptor.layers.known import check_layers
 from megatron.adaptor.patches import Patch
+from megatron.adaptor.reports.console import print_first
 from megatron.adaptor.reports.outlook import advice
 from megatron.adaptor.step.batch_feed import DataError
 from megatron.adaptor.step.links import Links, close_links, make_links, transport
@@ -32,11 +34,14 @@ class Loop:
         self._checked: dict[bool, Any] = {}
         self._is_verified = False
         self._has_named_kernel = False
+        self._has_warned = False
+        self._is_running = False
 
     def patches(self) -> list[Patch]:
         """Return what is replaced around Megatron's loops and their data."""
         return [
             Patch(f"{_SCHEDULES}:get_forward_backward_func", self.get_forward_backward_func),
+            Patch(f"{_SCHEDULES}:forward_step", self.forward_step),
             Patch(f"{_UTILS}:get_batch_on_this_cp_rank", self.get_batch_on_this_cp_rank),
         ]
 
@@ -47,13 +52,27 @@ class Loop:
         session = self._session
         session.count_vocabulary()
         loop = original(*args, **kwargs)
-        if session.settings is None or not session.settings.runs_executor:
-            return self._measured(loop)
+        asked = session.asked
+        if asked is None and not self._has_warned:
+            self._has_warned = True
+            print_first(
+                "> warning: Seq1F1B is installed and nothing is on: training runs as without it; "
+                "pass --seq1f1b-splits, or call megatron.adaptor.enable(splits=4)"
+            )
+        if asked is None or not asked.runs_executor:
+            return self._of_ours(self._measured(loop))
+        return self._of_ours(lambda **kwargs: self._run(StepArguments(**kwargs), loop))
 
-        def forward_backward(**kwargs: Any) -> list[Any]:
-            return self._run(StepArguments(**kwargs), loop)
-
-        return forward_backward
+    def forward_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stop a loop of Megatron's that was fetched before sub-sequences were turned on."""
+        asked = self._session.asked
+        if not self._is_running and asked is not None and asked.runs_executor:
+            raise RuntimeError(
+                "Seq1F1B is on, and a loop of Megatron's runs that get_forward_backward_func "
+                "returned before: call megatron.adaptor.enable() before get_forward_backward_func "
+                "is called"
+            )
+        return original(*args, **kwargs)
 
     def get_batch_on_this_cp_rank(
         self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
@@ -66,10 +85,21 @@ class Loop:
         while self._links:
             close_links(self._links.popitem()[1])
 
+    def _of_ours(self, loop: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def forward_backward(**kwargs: Any) -> list[Any]:
+            self._is_running = True
+            try:
+                return loop(**kwargs)
+            finally:
+                self._is_running = False
+
+        return forward_backward
+
     def _measured(self, loop: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         around = self._session.meter.around_loop(loop)
 
         def forward_backward(**kwargs: Any) -> list[Any]:
+            self._session.has_stepped = True
             try:
                 return around(**kwargs)
             except StopIteration:
@@ -83,8 +113,8 @@ class Loop:
         return forward_backward
 
     def _run(self, arguments: StepArguments, loop: Callable[..., list[Any]]) -> list[Any]:
-        session, settings = self._session, self._session.settings
-        assert settings is not None
+        session = self._session
+        settings = session.settings_for(arguments)
         if settings.verify and arguments.trains and not self._is_verified:
             self._is_verified = True
             verify(arguments, loop, lambda step: self._step(step, settings))
@@ -92,7 +122,7 @@ class Loop:
         kernel = session.context.kernel_taken
         if kernel is not None and not self._has_named_kernel:
             self._has_named_kernel = True
-            _print_once(f"> attention kernel of sub-sequences: {kernel}")
+            print_first(f"> attention kernel of sub-sequences: {kernel}")
         return reports
 
     def _step(self, arguments: StepArguments, settings: "Settings") -> list[Any]:
@@ -109,10 +139,10 @@ class Loop:
             lengths = ", ".join(str(part.length) for part in plan.cuts[0])
             if documents is not None and settings.balance_method == "uniform_comp":
                 lengths = "by the documents of each micro-batch"
-            _print_once(f"> {plan.schedule.describe()}; lengths {lengths}")
+            print_first(f"> {plan.schedule.describe()}; lengths {lengths}")
             if session.args is not None:
                 for text in advice(session.args):
-                    _print_once(f"> warning: {text}")
+                    print_first(f"> warning: {text}")
         step = Step(
             arguments,
             plan,
@@ -149,7 +179,7 @@ class Loop:
 
     def _is_first(self, arguments: StepArguments) -> bool:
         """Whether this forward step trains, or evaluates, for the first time."""
-        script = arguments.forward_step_func
+        script = _code_of(arguments.forward_step_func)
         is_first = self._checked.get(arguments.trains) is not script
         self._checked[arguments.trains] = script
         return is_first
@@ -161,7 +191,8 @@ class Loop:
         return rank if iteration is None else f"{rank}iteration {iteration + 1}, "
 
 
-def _print_once(message: str) -> None:
-    from megatron.training.utils import print_rank_0
-
-    print_rank_0(message)
+def _code_of(function: Any) -> Any:
+    """Return what a function runs, which a closure or partial made anew for each step shares."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__code__", function)

@@ -24,7 +24,7 @@ Source = Literal["cu_seqlens", "position_ids", "tokens"]
 class Packing:
     """How micro-batches mark where their documents begin.
 
-    flag: the flag of Megatron that packs. source: the entry of a batch that has the boundaries:
+    flag: the setting that packs. source: the entry of a batch that has the boundaries:
     cumulative lengths ``[b, any]``, positions that restart at 0 ``[b, s]``, or tokens ``[b, s]`` of
     which ``end_of_document()`` ends a document.
     """
@@ -120,13 +120,15 @@ def agree_on_documents(
 
 
 def _length(batch: Any) -> int:
-    if not isinstance(batch, dict) or not isinstance(batch.get("tokens"), torch.Tensor):
-        raise ValueError(
-            "variable_seq_lengths with sub-sequences: the data iterator of the first stage must "
-            "give dicts with 'tokens' [b, s], from which all stages learn how long each "
-            "micro-batch is"
-        )
-    return int(batch["tokens"].shape[1])
+    names = ("tokens", "input_ids") if isinstance(batch, dict) else ()
+    for name in names:
+        if isinstance(batch.get(name), torch.Tensor):
+            return int(batch[name].shape[1])
+    raise ValueError(
+        "variable_seq_lengths with sub-sequences: the data iterator of the first stage must "
+        "give dicts with 'tokens' or 'input_ids' [b, s], from which all stages learn how long "
+        "each micro-batch is"
+    )
 
 
 def _from_first_stage(

@@ -158,7 +158,7 @@ def _refuse(where: str) -> None:
     raise RepetitionError(
         f"{where} of the model's inputs differs between the sub-sequences and the whole batch: the "
         "forward step changes it after get_batch_on_this_cp_rank, by its position or from call to "
-        f"call. Change it before that call, {_WAY_OUT}"
+        f"call. Change it before that call, or where the data is loaded, {_WAY_OUT}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -40,12 +41,16 @@ class StepArguments:
     force_all_reduce: bool | None = False
 
     def __post_init__(self) -> None:
-        if self.adjust_tensor_shapes_fn is not None or self.p2p_communicator is not None:
+        self.groups = self.pg_collection or schedules._build_default_pg_collection()
+        link = self.p2p_communicator
+        is_plain = link is None or (
+            type(link) is P2PCommunicator and link.pp_group is getattr(self.groups, "pp", None)
+        )
+        if self.adjust_tensor_shapes_fn is not None or not is_plain:
             raise ValueError(
                 "Seq1F1B does its own pipeline communication: distillation and multi-module "
                 "pipelines need --seq1f1b-splits 1"
             )
-        self.groups = self.pg_collection or schedules._build_default_pg_collection()
 
     @property
     def chunks(self) -> list[Any]:
@@ -61,6 +66,11 @@ class StepArguments:
     def length(self) -> int:
         """Tokens of a sequence, unless they vary between micro-batches."""
         return self.decoder_seq_length or self.seq_length
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Tokens of a sequence, rows and number of micro-batches, and model chunks."""
+        return self.length, self.micro_batch_size, self.num_microbatches, len(self.chunks)
 
     @property
     def trains(self) -> bool:
@@ -123,6 +133,7 @@ class Step:
             feeds,
             plan.cuts,
             context_group=self.groups.cp,
+            batch_groups=(self.groups.tp, self.groups.cp),
             trains=arguments.trains,
             is_checked=is_checked,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from megatron.adaptor.reports.console import print_first
 from megatron.adaptor.step.batch_feed import BatchItem
 from megatron.adaptor.step.step import StepArguments
 from seq1f1b.errors import Seq1F1BError
@@ -38,8 +39,6 @@ def verify(
     The data iterators of ``arguments`` deliver them again afterwards, and gradients are zero.
     Raises VerificationError when losses or gradient norms differ.
     """
-    from megatron.training.utils import print_rank_0
-
     iterators = arguments.data_iterator
     listed = iterators if isinstance(iterators, list) else [iterators]
     rewound = [None if it is None else _Rewound(it) for it in listed]
@@ -69,7 +68,7 @@ def verify(
             f"--seq1f1b-verify: sub-sequences do not give what one split gives ({text}; allowed: "
             f"{tolerance:g} of the value): use --seq1f1b-splits 1"
         )
-    print_rank_0(f"> verified {text}")
+    print_first(f"> verified {text}")
 
 
 class _Rewound:
