@@ -41,8 +41,8 @@ FAULTS = {
     "F:0": "an error in an F of stage 0",
     "F:1": "an error in an F of stage 1",
     "B:1": "an error in a B of stage 1",
-    "I:0": "an error in an I of stage 0",
-    "W:0": "an error in a W of stage 0",
+    "I:1": "an error in an I of stage 1",
+    "W:1": "an error in a W of stage 1",
     "SEND_F:0": "an error in a send of stage 0",
     "RECV_F:1": "an error in a receive of stage 1",
     "settings:1": "rank 1 has another --seq1f1b-balance-method",
@@ -186,19 +186,26 @@ def page(outcomes: list[Outcome]) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="*", choices=FAULTS, metavar="FAULT", default=[])
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=FAULTS,
+        metavar="FAULT",
+        default=list(FAULTS),
+        help=f"these alone; the stored rows of others stay; of {', '.join(FAULTS)}",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         code, _, text = run(Path(name), None)
         if code:
             sys.exit(text)
         undisturbed = losses(Path(name))
-    outcomes = []
-    for fault in options.only or FAULTS:
-        outcomes.append(befall(fault, undisturbed))
-        print(json.dumps(asdict(outcomes[-1])), flush=True)
-    if options.only:
-        return
+    rows = json.loads(RESULTS.read_text())["faults"] if RESULTS.exists() else []
+    stored = {row["fault"]: Outcome(**row) for row in rows}
+    for fault in options.only:
+        stored[fault] = befall(fault, undisturbed)
+        print(json.dumps(asdict(stored[fault])), flush=True)
+    outcomes = [stored[fault] for fault in FAULTS if fault in stored]
     RESULTS.write_text(
         json.dumps(
             {**setting(device=device_name()), "faults": [asdict(o) for o in outcomes]}, indent=1
