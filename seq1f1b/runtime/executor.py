@@ -47,6 +47,18 @@ class Computation(Protocol):
         ...
 
 
+class Visits(Protocol):
+    """Model chunks that come to the device and leave it."""
+
+    def load(self, action: Action) -> None:
+        """Bring the model chunk of ``action`` to the device, where it computes next."""
+        ...
+
+    def free(self, action: Action) -> None:
+        """Give its place up; after a FREE_B its gradients are home."""
+        ...
+
+
 def execute(
     actions: Sequence[Action],
     computation: Computation,
@@ -58,16 +70,18 @@ def execute(
     stage: int,
     documents: Sequence[Sequence[Documents]] | None = None,
     lengths_vary: bool = False,
+    visits: Visits | None = None,
 ) -> None:
     """Run ``actions`` (lowered, of one stage) to the end.
 
     parts: for each micro-batch its sub-sequences. documents, lengths_vary: see ExecutionContext.
+    visits: what loads and frees model chunks, for actions that do.
     Profiles show each action by its name. Raises ActionError from whatever an action raised; the
     context is then as if the step had not begun, and the transport cannot be used again. After a
     step every tensor is consumed and the KV carry is whole, which is asserted.
     """
     with context.step(documents=documents, lengths_vary=lengths_vary):
-        run = _Run(computation, transport, context, parts, clock, actions)
+        run = _Run(computation, transport, context, parts, clock, actions, visits)
         for step, action in enumerate(actions):
             try:
                 with record_function(str(action)):
@@ -90,6 +104,7 @@ class _Run:
         parts: Sequence[Sequence[SubSequence]],
         clock: ActionClock,
         actions: Sequence[Action],
+        visits: Visits | None,
     ) -> None:
         self.computation = computation
         self.transport = transport
@@ -111,6 +126,9 @@ class _Run:
             Kind.RECV_F: self.receive,
             Kind.RECV_B: self.receive,
         }
+        if visits is not None:
+            self.handlers |= dict.fromkeys((Kind.LOAD_F, Kind.LOAD_B), visits.load)
+            self.handlers |= dict.fromkeys((Kind.FREE_F, Kind.FREE_B), visits.free)
 
     def forward(self, action: Action) -> None:
         received = self.take(action.of_kind(Kind.RECV_F))

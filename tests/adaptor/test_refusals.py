@@ -42,6 +42,9 @@ _BASE = shlex.split(
     "--attention-dropout 0 --hidden-dropout 0 --pipeline-model-parallel-size 2 "
     "--position-embedding-type rope"
 )
+_OFFLOAD = (
+    "--num-virtual-stages-per-pipeline-rank 2 --offload-model-chunks 1 --use-distributed-optimizer"
+)
 _EXPERTS = "--num-experts 4 --disable-bias-linear"
 
 # flags, values set after parsing, and what the refusal says
@@ -104,10 +107,48 @@ CASES: list[tuple[str, dict[str, object], str]] = [
     ("", {"perform_rl_step": True}, "--perform-rl-step is not supported"),
     ("", {"use_kitchen_attention": True}, "--use-kitchen-attention is not supported"),
     (
-        "--num-virtual-stages-per-pipeline-rank 2 --global-batch-size 8 "
+        "--num-virtual-stages-per-pipeline-rank 2 --global-batch-size 8 --seq1f1b-schedule greedy "
         "--microbatch-group-size-per-virtual-pipeline-stage 4",
         {},
-        "--microbatch-group-size-per-virtual-pipeline-stage must be the pipeline-parallel size",
+        "--microbatch-group-size-per-virtual-pipeline-stage cannot go with --seq1f1b-schedule",
+    ),
+    (
+        "--num-virtual-stages-per-pipeline-rank 2 --seq1f1b-splits 1 --seq1f1b-turn 4",
+        {},
+        "--seq1f1b-turn is not of Megatron's own loop",
+    ),
+    (_OFFLOAD.replace(" 1 ", " 3 "), {}, "--offload-model-chunks 3: must be from 0 to"),
+    (
+        "--offload-model-chunks 1 --use-distributed-optimizer",
+        {},
+        "--offload-model-chunks needs several model chunks a stage",
+    ),
+    (
+        _OFFLOAD.replace("--use-distributed-optimizer", ""),
+        {},
+        "--offload-model-chunks takes its host copies from flat buffers",
+    ),
+    (
+        f"{_OFFLOAD} --seq1f1b-schedule greedy",
+        {},
+        "--offload-model-chunks cannot go with --seq1f1b-schedule greedy",
+    ),
+    ("--offload-prefetch", {}, "--offload-prefetch goes with --offload-model-chunks only"),
+    (f"{_OFFLOAD} --overlap-grad-reduce", {}, "--overlap-grad-reduce cannot go with"),
+    (_OFFLOAD, {"overlap_param_gather": True}, "--overlap-param-gather cannot go with"),
+    (f"{_OFFLOAD} --seq1f1b-verify", {}, "--seq1f1b-verify cannot go with"),
+    (_OFFLOAD, {"optimizer_cpu_offload": True}, "--optimizer-cpu-offload cannot go with"),
+    (_OFFLOAD, {"fp8_param_gather": True}, "--fp8-param-gather cannot go with"),
+    (_OFFLOAD, {"fp4_param_gather": True}, "--fp4-param-gather cannot go with"),
+    (_OFFLOAD, {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute cannot"),
+    (_OFFLOAD, {"delay_wgrad_compute": True}, "--delay-wgrad-compute cannot go with"),
+    (_OFFLOAD, {"nccl_ub": True}, "--nccl-ub cannot go with"),
+    ("--seq1f1b-turn 4", {}, "--seq1f1b-turn goes with virtual stages"),
+    (
+        "--num-virtual-stages-per-pipeline-rank 2 --seq1f1b-turn 4 --global-batch-size 8 "
+        "--microbatch-group-size-per-virtual-pipeline-stage 4",
+        {},
+        "--seq1f1b-turn and --microbatch-group-size-per-virtual-pipeline-stage both say",
     ),
     (
         f"{_EXPERTS} --moe-router-load-balancing-type global_aux_loss",

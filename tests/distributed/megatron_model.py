@@ -274,16 +274,20 @@ def whole_model(case: Case) -> Any:
     return _model(case, _config(case, is_whole=True), True, True)
 
 
-def stage_chunks(case: Case, whole: Any) -> list[Any]:
+def stage_chunks(case: Case, whole: Any, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Build this rank's model chunks in ``dtype`` with the weights of ``whole``."""
     from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.transformer.module import Float16Module
 
     stage = parallel_state.get_pipeline_model_parallel_rank()
     config = _config(case, is_whole=False)
+    config.params_dtype = config.pipeline_dtype = dtype
+    config.bf16 = dtype == torch.bfloat16
     chunks = []
     for chunk in range(case.num_chunks):
         first = stage == 0 and chunk == 0
@@ -294,6 +298,8 @@ def stage_chunks(case: Case, whole: Any) -> list[Any]:
         for name, parameter in model.named_parameters():
             weight = ours[_whole_name(model, name, case)].data
             parameter.data.copy_(_share(parameter, name, weight, is_gated=config.gated_linear_unit))
+        if config.bf16:
+            model = Float16Module(config, model.bfloat16())
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(**case.ddp), model)
         ddp.zero_grad_buffer()
         chunks.append(ddp)

@@ -83,6 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "stage holds under Seq1F1B).",
     )
     group.add_argument(
+        "--seq1f1b-turn",
+        type=int,
+        default=None,
+        metavar="N",
+        help="With virtual stages: sub-sequences (with one split: micro-batches) that go through a "
+        "model chunk before the next chunk's turn, rounded up to whole micro-batches (default: the "
+        "number of stages, or what --microbatch-group-size-per-virtual-pipeline-stage says in "
+        "micro-batches). Larger turns hold more activations.",
+    )
+    group.add_argument(
         "--seq1f1b-attention",
         choices=sorted([*KERNELS, MEGATRON_ATTENTION]),
         default=None,
@@ -96,6 +106,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Before the first iteration, run one micro-batch whole in Megatron's own loop and "
         "once more in sub-sequences, and stop unless loss and gradient norm agree. Needs the "
         "memory of a whole micro-batch's activations on every stage, and --hidden-dropout 0.",
+    )
+    group.add_argument(
+        "--offload-model-chunks",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Keep the model chunks of each stage (virtual stages) in host memory, and let at most "
+        "K of them visit the device at a time; 0 leaves them there. A step then takes all "
+        "sub-sequences through a chunk before the next, unless --seq1f1b-turn says otherwise, so "
+        "that v chunks load 2 v - K times. Needs --use-distributed-optimizer. (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--offload-prefetch",
+        action="store_true",
+        help="With --offload-model-chunks: load a chunk as soon as its place on the device is "
+        "free, not before the computation that needs it.",
     )
     _add_output_arguments(group)
     _escape_help(parser)

@@ -13,6 +13,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION
 from megatron.adaptor.command_line.settings import Settings, length_multiple, settings_of
+from megatron.adaptor.cpu import device
 from seq1f1b.attention.kernels import is_available
 from seq1f1b.schedule import ScheduleError
 from seq1f1b.sequence import PartitionError
@@ -58,7 +59,7 @@ class Refusal:
 def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """Read Megatron's parsed and validated arguments; return the settings and every fault."""
     settings = settings_of(args)
-    asked = settings.num_splits > 1 or settings.schedule_name != "auto"
+    asked = replace(settings, packing=None).runs_executor
     of_packed = settings.packing is not None
     found = {
         scope: [
@@ -105,6 +106,11 @@ def _own_faults(arguments: Arguments) -> Iterator[str]:
             yield f"{given} with --seq-length {args.seq_length}: {error}{_why_multiple(args)}"
         else:
             yield from _schedule_faults(arguments)
+    if settings.offload_chunks > 0 and not device.installed():
+        yield (
+            f"--offload-model-chunks {settings.offload_chunks}: copies to a GPU are not there yet, "
+            "only those of a machine without one: leave it out"
+        )
     yield from _file_faults(arguments)
 
 
@@ -199,6 +205,7 @@ _OFFLOAD = (
     "splits, or use --seq1f1b-splits 1"
 )
 _DROPS = "drops other tokens of a sub-sequence than of the whole: leave it out, and none is dropped"
+_NOT_OFFLOADED = "cannot go with --offload-model-chunks: leave one of them out"
 _RECORDS = (
     "records each forward of the model, which with sub-sequences is not that of a micro-batch: "
     "leave it out, or use --seq1f1b-splits 1"
@@ -251,10 +258,25 @@ def _not_with_packing(arguments: Arguments) -> str:
     return f"cannot go with {packing.flag}: leave one of them out"
 
 
+def _offloads(name: str) -> Applies:
+    """Whether model chunks visit the device and an argument has a value."""
+    return lambda arguments: (
+        arguments.settings.offload_chunks > 0 and bool(getattr(arguments.args, name, None))
+    )
+
+
+def _num_chunks(arguments: Arguments) -> int:
+    return arguments.args.virtual_pipeline_model_parallel_size or 1
+
+
 def _defers_biases(arguments: Arguments) -> bool:
     args = arguments.args
     has_biases = args.add_bias_linear or args.add_qkv_bias
     return arguments.settings.splits_backwards and args.transformer_impl != "local" and has_biases
+
+
+def _takes_turns(arguments: Arguments) -> bool:
+    return _num_chunks(arguments) > 1 and not arguments.settings.splits_backwards
 
 
 def _traces_interleaved_loop(arguments: Arguments) -> bool:
@@ -296,6 +318,97 @@ TABLE: tuple[Refusal, ...] = (
         lambda a: f"{a.settings.max_live} goes with --seq1f1b-schedule greedy only",
         Scope.ALWAYS,
     ),
+    Refusal(
+        "--seq1f1b-turn",
+        lambda a: a.args.seq1f1b_turn is not None and not a.settings.runs_executor,
+        "is not of Megatron's own loop: add --seq1f1b-schedule 1f1b, or use "
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--seq1f1b-turn",
+        lambda a: a.args.seq1f1b_turn is not None and not _takes_turns(a),
+        "goes with virtual stages and --seq1f1b-schedule auto or 1f1b only: leave it out",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--seq1f1b-turn",
+        lambda a: None not in (a.args.seq1f1b_turn, a.args.microbatch_group_size_per_vp_stage),
+        "and --microbatch-group-size-per-virtual-pipeline-stage both say how long a turn is: leave "
+        "one of them out",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-model-chunks",
+        lambda a: not 0 <= a.settings.offload_chunks <= _num_chunks(a),
+        lambda a: (
+            f"{a.settings.offload_chunks}: must be from 0 to the model chunks of a stage, which "
+            f"are {_num_chunks(a)}: use fewer, or more "
+            "--num-virtual-stages-per-pipeline-rank"
+        ),
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-model-chunks",
+        lambda a: a.settings.offload_chunks > 0 and _num_chunks(a) == 1,
+        "needs several model chunks a stage: add --num-virtual-stages-per-pipeline-rank",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-model-chunks",
+        lambda a: a.settings.offload_chunks > 0 and not a.args.use_distributed_optimizer,
+        "takes its host copies from flat buffers: add --use-distributed-optimizer",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-model-chunks",
+        lambda a: a.settings.offload_chunks > 0 and a.settings.splits_backwards,
+        lambda a: (
+            f"cannot go with --seq1f1b-schedule {a.settings.schedule_name}, which splits "
+            "backwards: use auto or 1f1b"
+        ),
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-prefetch",
+        lambda a: a.settings.offload_prefetch and a.settings.offload_chunks == 0,
+        "goes with --offload-model-chunks only",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--overlap-grad-reduce",
+        _offloads("overlap_grad_reduce"),
+        f"{_NOT_OFFLOADED}: reductions would start before a chunk's gradients are home",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--overlap-param-gather",
+        _offloads("overlap_param_gather"),
+        f"{_NOT_OFFLOADED}: weights would arrive at home after they were loaded",
+        Scope.ALWAYS,
+    ),
+    Refusal("--seq1f1b-verify", _offloads("seq1f1b_verify"), _NOT_OFFLOADED, Scope.ALWAYS),
+    Refusal(
+        "--optimizer-cpu-offload",
+        _offloads("optimizer_cpu_offload"),
+        f"{_NOT_OFFLOADED}, which updates weights in host memory already",
+        Scope.ALWAYS,
+    ),
+    Refusal("--fp8-param-gather", _offloads("fp8_param_gather"), _NOT_OFFLOADED, Scope.ALWAYS),
+    Refusal("--fp4-param-gather", _offloads("fp4_param_gather"), _NOT_OFFLOADED, Scope.ALWAYS),
+    Refusal(
+        "--defer-embedding-wgrad-compute",
+        _offloads("defer_embedding_wgrad_compute"),
+        f"{_NOT_OFFLOADED}: it adds to gradients that have left the device",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--delay-wgrad-compute",
+        _offloads("delay_wgrad_compute"),
+        f"{_NOT_OFFLOADED}: it adds to gradients that have left the device",
+        Scope.ALWAYS,
+    ),
+    Refusal("--nccl-ub", _offloads("nccl_ub"), _NOT_OFFLOADED, Scope.ALWAYS),
     Refusal(
         "--seq1f1b-schedule",
         _defers_biases,
@@ -373,10 +486,14 @@ TABLE: tuple[Refusal, ...] = (
         "--microbatch-group-size-per-virtual-pipeline-stage",
         lambda a: (
             (a.args.virtual_pipeline_model_parallel_size or 1) > 1
+            and a.settings.splits_backwards
             and (a.args.microbatch_group_size_per_vp_stage or a.args.pipeline_model_parallel_size)
             != a.args.pipeline_model_parallel_size
         ),
-        "must be the pipeline-parallel size with sub-sequences: leave it out",
+        lambda a: (
+            f"cannot go with --seq1f1b-schedule {a.settings.schedule_name}, which has no "
+            "turns: leave it out"
+        ),
     ),
     Refusal(
         "--moe-router-load-balancing-type",

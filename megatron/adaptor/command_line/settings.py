@@ -14,7 +14,15 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION, MINDSPEED_SPLITS
 from megatron.adaptor.command_line.model_cost import token_cost
 from megatron.adaptor.step.read_ahead import Packing
-from seq1f1b.schedule import Schedule, forward_only, interleaved, lower, validate, zb_h1
+from seq1f1b.schedule import (
+    Schedule,
+    forward_only,
+    interleaved,
+    lower,
+    validate,
+    visiting,
+    zb_h1,
+)
 from seq1f1b.sequence import Documents, PackedCost, SubSequence, TokenCost, partition, sub_sequences
 from seq1f1b.simulate import Costs, greedy
 
@@ -28,7 +36,10 @@ class Settings:
     one of SCHEDULES. given: runs in place of a generated schedule where its shape fits. max_live:
     see ``greedy``. packing: how documents in a sequence are told apart; None if each sequence is
     one. verify: whether to compare with Megatron's own loop first. timeout: of an exchange between
-    stages.
+    stages. turn: sub-sequences that go through a model chunk before the next; None for as many as
+    stages, or with offloading all. offload_chunks: model chunks that the device holds at a time; 0
+    if they stay there. offload_prefetch: whether they are loaded as soon as there is room. poison:
+    whether memory that they leave is filled with NaN, for tests.
     """
 
     num_splits: int
@@ -47,6 +58,10 @@ class Settings:
     verify: bool = False
     timeout: timedelta | None = None
     lengths: tuple[int, ...] | None = None
+    turn: int | None = None
+    offload_chunks: int = 0
+    offload_prefetch: bool = False
+    poison: bool = False
 
     @property
     def runs_executor(self) -> bool:
@@ -55,7 +70,8 @@ class Settings:
         That loop does not pass documents to middle stages, so one split of them runs here too.
         """
         named = self.schedule_name != "auto" or self.given is not None
-        return self.num_splits > 1 or named or self.packing is not None
+        asked = self.num_splits > 1 or self.offload_chunks > 0
+        return asked or named or self.packing is not None
 
     @property
     def replaces_attention(self) -> bool:
@@ -110,11 +126,14 @@ def _schedule(
     settings: Settings, num_stages: int, num_chunks: int, num_micro_batches: int, trains: bool
 ) -> Schedule:
     shape = num_stages, num_chunks, num_micro_batches, settings.num_splits
+    turn = settings.turn
+    if settings.offload_chunks and turn is None:
+        turn = max(num_stages, num_micro_batches * settings.num_splits)
     given = settings.given
     if given is not None and trains and given.shape == shape:
         schedule = given
     elif not trains:
-        schedule = forward_only(*shape)
+        schedule = forward_only(*shape, turn)
     elif settings.schedule_name == "greedy":
         lengths = [part.length for part in settings.cut(settings.sequence_length)]
         like = interleaved(*shape)
@@ -125,8 +144,10 @@ def _schedule(
             raise ValueError(f"zb-h1 has 1 model chunk a stage, not {num_chunks}: use greedy")
         schedule = zb_h1(num_stages, num_micro_batches, settings.num_splits)
     else:
-        schedule = interleaved(*shape)
+        schedule = interleaved(*shape, turn)
     schedule = lower(schedule)
+    if settings.offload_chunks:
+        schedule = visiting(schedule, settings.offload_chunks, prefetch=settings.offload_prefetch)
     validate(schedule)
     return schedule
 
@@ -152,7 +173,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
         verify=args.seq1f1b_verify,
         lengths=tuple(args.seq1f1b_lengths) if args.seq1f1b_lengths else None,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        turn=_turn(args, num_splits),
+        offload_chunks=args.offload_model_chunks,
+        offload_prefetch=args.offload_prefetch,
     )
+
+
+def _turn(args: argparse.Namespace, num_splits: int) -> int | None:
+    """Return the sub-sequences of a turn; Megatron's own flag counts micro-batches."""
+    micro_batches = args.microbatch_group_size_per_vp_stage
+    if args.seq1f1b_turn is not None or micro_batches is None:
+        return args.seq1f1b_turn
+    return micro_batches * num_splits
 
 
 def length_multiple(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron.adaptor.layers.weight_gradients import name_owners
+from megatron.adaptor.offload.slots import ChunkSlots, Traffic
 from megatron.adaptor.patches import Patch
 from seq1f1b.runtime import ActionClock, ActivationMeter, ExecutionContext
 from seq1f1b.schedule import Action, Kind, Span
@@ -25,6 +26,7 @@ class IterationMetrics:
     peak_activation_bytes: see ActivationMeter; kv_carry_bytes is the part of the KV carry.
     action_milliseconds: means over micro-batches by name, as of ``Costs.named``; Megatron's
     interleaved loop does not tell its chunks, which share chunk 0's names.
+    chunk_loads, transferred_bytes: of model chunks that visit the device; None where they stay.
     """
 
     iteration: int
@@ -36,15 +38,25 @@ class IterationMetrics:
     kv_carry_bytes: list[int]
     bubble_ratio: list[float]
     action_milliseconds: list[dict[str, float]] = field(default_factory=list)
+    chunk_loads: list[int] | None = None
+    transferred_bytes: list[int] | None = None
 
     def log_line(self) -> str:
         """Return what is printed under Megatron's own line."""
         memory = ", ".join(f"{number / _MIB:.1f}" for number in self.peak_activation_bytes)
         bubbles = ", ".join(f"{ratio:.3f}" for ratio in self.bubble_ratio)
+        visits = ""
+        if self.chunk_loads is not None and self.transferred_bytes is not None:
+            moved = ", ".join(f"{number / _MIB:.1f}" for number in self.transferred_bytes)
+            visits = (
+                f" | chunk loads by stage: {self.chunk_loads} | "
+                f"weights and gradients MiB by stage: [{moved}]"
+            )
         return (
             f" seq1f1b iteration {self.iteration:8d} | tokens/s: {self.tokens_per_second:.1f} | "
             f"TFLOP/s per device: {self.tflops_per_device:.3f} | "
             f"peak activation MiB by stage: [{memory}] | bubble ratio by stage: [{bubbles}]"
+            f"{visits}"
         )
 
 
@@ -56,6 +68,7 @@ class StageFigures(NamedTuple):
     peak_activation_bytes: int
     kv_carry_bytes: int
     action_seconds: dict[str, float]
+    traffic: Traffic | None = None
 
 
 def bubble_ratios(stages: Sequence[StageFigures]) -> list[float]:
@@ -97,14 +110,24 @@ class StepMeter:
 
         return forward_backward
 
-    def measure(self, model: Any, run: Callable[[ActionClock], list[Any]]) -> list[Any]:
-        """Call ``run`` with a clock for its actions and keep the figures."""
+    def measure(
+        self,
+        model: Any,
+        run: Callable[[ActionClock], list[Any]],
+        slots: ChunkSlots | None = None,
+    ) -> list[Any]:
+        """Call ``run`` with a clock for its actions and keep the figures.
+
+        slots: where the model's chunks visit the device, which are no activations.
+        """
         chunks = model if isinstance(model, list) else [model]
         if self._device == "cpu":
             for chunk in chunks:
                 if getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False):
                     name_owners(chunk.parameters())
         constants = [t for c in chunks for t in (*c.parameters(), *torch.nn.Module.buffers(c))]
+        if slots is not None:
+            constants += slots.tensors
         if self.before_step is not None:
             self.before_step()
         carries = self._context.carries
@@ -116,7 +139,12 @@ class StepMeter:
         busy = sum(entry.end - entry.start for entry in self.timed)
         (seconds,) = Costs.measured([self.timed]).named()
         self.last = StageFigures(
-            length, busy, self._activations.peak_bytes, carries.peak_bytes, seconds
+            length,
+            busy,
+            self._activations.peak_bytes,
+            carries.peak_bytes,
+            seconds,
+            slots.traffic if slots is not None else None,
         )
         return result
 
@@ -182,6 +210,7 @@ class StepMeter:
         stages: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(stages, self.last, group=group)
         loss = self._losses.get("lm loss")
+        traffic = [stage.traffic for stage in stages if stage.traffic is not None]
         return IterationMetrics(
             iteration=iteration,
             lm_loss=None if loss is None else float(loss),
@@ -196,4 +225,6 @@ class StepMeter:
                 {name: round(seconds * 1000, 3) for name, seconds in stage.action_seconds.items()}
                 for stage in stages
             ],
+            chunk_loads=[entry.loads for entry in traffic] or None,
+            transferred_bytes=[entry.num_bytes for entry in traffic] or None,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron.adaptor.layers.known import check_layers
+from megatron.adaptor.offload.slots import ChunkSlots
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.reports.console import print_first
 from megatron.adaptor.reports.outlook import advice
@@ -36,6 +37,8 @@ class Loop:
         self._has_named_kernel = False
         self._has_warned = False
         self._is_running = False
+        self._slots: ChunkSlots | None = None
+        self._slots_of: list[Any] = []
 
     def patches(self) -> list[Patch]:
         """Return what is replaced around Megatron's loops and their data."""
@@ -152,6 +155,7 @@ class Loop:
             documents=documents,
             splits_backwards=settings.splits_backwards,
             is_checked=self._is_first(arguments),
+            slots=self._slots_for(arguments, settings),
         )
 
         def run(clock: ActionClock) -> list[Any]:
@@ -169,13 +173,25 @@ class Loop:
             )
 
         try:
-            return session.meter.measure(arguments.model, run)
+            return session.meter.measure(arguments.model, run, step.slots)
         except ActionError as error:
             self._links.pop(key)
             raise ActionError(f"{self._where()}{error}") from error.__cause__
         except BaseException:
             self._links.pop(key)
             raise
+
+    def _slots_for(self, arguments: StepArguments, settings: "Settings") -> ChunkSlots | None:
+        """Return the slots that model chunks visit, which are made once for a model."""
+        if not settings.offload_chunks:
+            return None
+        chunks = arguments.chunks
+        if self._slots is None or any(
+            one is not other for one, other in zip(self._slots_of, chunks, strict=True)
+        ):
+            self._slots = ChunkSlots(chunks, settings.offload_chunks, poison=settings.poison)
+            self._slots_of = chunks
+        return self._slots
 
     def _is_first(self, arguments: StepArguments) -> bool:
         """Whether this forward step trains, or evaluates, for the first time."""

@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron.adaptor.layers.transformer_engine import DelayedWeightGradients
+from megatron.adaptor.offload.slots import ChunkSlots
 from megatron.adaptor.step.batch_feed import BatchCutter, BatchFeed
 from megatron.adaptor.step.forward_steps import ForwardSteps
 from megatron.adaptor.step.gradient_sync import GradientSync
@@ -96,7 +97,8 @@ class Step:
 
     plan: what runs. feeds: data of each model chunk. documents: of each micro-batch's rows, if they
     are packed. splits_backwards: whether weight gradients have actions of their own. is_checked:
-    see ForwardSteps. stage: whose actions to run, if not this rank's.
+    see ForwardSteps. stage: whose actions to run, if not this rank's. slots: where the plan's model
+    chunks visit the device.
     """
 
     def __init__(
@@ -111,7 +113,9 @@ class Step:
         splits_backwards: bool = False,
         is_checked: bool = False,
         stage: int | None = None,
+        slots: ChunkSlots | None = None,
     ) -> None:
+        self.slots = slots
         self.arguments, self.plan, self.context, self.cutter = arguments, plan, context, cutter
         self.feeds, self.documents = feeds, documents
         self.config, self.chunks, self.groups = arguments.config, arguments.chunks, arguments.groups
@@ -149,7 +153,7 @@ class Step:
         """Run the step and return one report per micro-batch (on the last stage)."""
         with self._timed():
             embedding = self._begin()
-            with self.gradient_sync.step(), self._delayed_weight_gradients():
+            with self._visiting(), self.gradient_sync.step(), self._delayed_weight_gradients():
                 execute(
                     self.plan.schedule.stages[self.stage],
                     self,
@@ -160,6 +164,7 @@ class Step:
                     stage=self.stage,
                     documents=self.documents,
                     lengths_vary=self.config.variable_seq_lengths,
+                    visits=self.slots,
                 )
                 self.forward_steps.check()
             self._finish(embedding)
@@ -238,6 +243,17 @@ class Step:
             yield
         finally:
             self.config.timers("forward-backward").stop()
+
+    @contextlib.contextmanager
+    def _visiting(self) -> Iterator[None]:
+        if self.slots is None:
+            yield
+            return
+        self.slots.begin(self.plan.schedule, self.stage)
+        try:
+            yield
+        finally:
+            self.slots.end()
 
     @contextlib.contextmanager
     def _delayed_weight_gradients(self) -> Iterator[None]:

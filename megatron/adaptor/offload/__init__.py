@@ -1,0 +1,1 @@
+"""Model chunks whose home is host memory, over Megatron's own flat buffers."""

@@ -1,0 +1,189 @@
+"""Slots of the device that model chunks visit, and what the visits have moved."""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seq1f1b.schedule import Action, Kind, Schedule, residencies
+
+
+@dataclass
+class Traffic:
+    """Loads of one step on this stage, and bytes as the copies counted them.
+
+    gradients_in: of chunks that come back before their gradients are complete.
+    """
+
+    loads: int = 0
+    weights_in: int = 0
+    gradients_in: int = 0
+    gradients_out: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes both ways."""
+        return self.weights_in + self.gradients_in + self.gradients_out
+
+
+class _Place(NamedTuple):
+    """One flat buffer's part of a slot: weights and gradients."""
+
+    weights: Tensor
+    gradients: Tensor
+
+
+class ChunkSlots:
+    """Slots for the model ``chunks`` of this stage, each of which is Megatron's DDP.
+
+    The flat buffers of Megatron's distributed optimizer are the chunks' home. A slot has room for
+    the largest buffer of each kind (dtypes, experts or not). ``load`` copies a chunk into its slot
+    and points its parameters there; ``free`` takes gradients home and points back. Optimizer,
+    reductions and checkpoints see the home only. poison: whether freed memory is filled with NaN.
+
+    Raises ValueError when a chunk has parameters to train outside of its buffers.
+    """
+
+    def __init__(self, chunks: Sequence[Any], num_slots: int, *, poison: bool = False) -> None:
+        self._buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in chunks]
+        self._poison = poison
+        for chunk, buffers in zip(chunks, self._buffers, strict=True):
+            _check(chunk, buffers)
+        self._homes = [
+            {
+                parameter: (parameter.data, parameter.main_grad)
+                for buffer in buffers
+                for parameter in buffer.params
+            }
+            for buffers in self._buffers
+        ]
+        room = _room(buffer for buffers in self._buffers for buffer in buffers)
+        self._slots = [
+            {
+                key: _Place(
+                    torch.full((size,), math.nan, dtype=key[0]),
+                    torch.full((size,), math.nan, dtype=key[1]),
+                )
+                for key, size in room.items()
+            }
+            for _ in range(num_slots)
+        ]
+        self._there: dict[int, int] = {}  # slot of each chunk on the device
+        self._partial: set[int] = set()
+        self._slot_of: Sequence[int] = ()
+        self._going_backward: Mapping[Action, bool] = {}
+        self.traffic = Traffic()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the slots consist of."""
+        return [tensor for slot in self._slots for place in slot.values() for tensor in place]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots, which are all that weights and gradients take of the device."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def begin(self, schedule: Schedule, stage: int) -> None:
+        """Begin a step of ``schedule``, whose visits these will be."""
+        assert schedule.slots is not None, f"{schedule.name} has no slots"
+        assert not self._there, f"chunks {sorted(self._there)} are still on the device"
+        self._slot_of = schedule.slots[stage]
+        visits = residencies(schedule.stages[stage], self._slot_of)
+        self._going_backward = {visit.load: visit.goes_backward for visit in visits}
+        self._partial = set()
+        self.traffic = Traffic()
+
+    def load(self, action: Action) -> None:
+        """Copy the chunk into its slot; its gradients begin at 0, or where they were left."""
+        chunk, slot = action.chunk, self._slot_of[action.chunk]
+        assert slot not in self._there.values(), f"{action}: slot {slot} is taken: {self._there}"
+        self._there[chunk] = slot
+        self.traffic.loads += 1
+        needs_gradients = self._going_backward[action]
+        for buffer, place in self._places(chunk):
+            place.weights.copy_(buffer.param_data)
+            self.traffic.weights_in += buffer.param_data.nbytes
+            if needs_gradients and chunk in self._partial:
+                place.gradients.copy_(buffer.grad_data)
+                self.traffic.gradients_in += buffer.grad_data.nbytes
+            elif needs_gradients:
+                place.gradients.zero_()
+            for parameter in buffer.params:
+                start, end, _ = buffer.param_index_map[parameter]
+                _point(
+                    parameter,
+                    place.weights[start:end].view(parameter.shape),
+                    place.gradients[start:end].view(parameter.shape),
+                )
+
+    def free(self, action: Action) -> None:
+        """Point the chunk's parameters home, to where FREE_B has taken its gradients first."""
+        chunk = action.chunk
+        for buffer, place in self._places(chunk):
+            if action.kind is Kind.FREE_B:
+                buffer.grad_data.copy_(place.gradients)
+                self.traffic.gradients_out += buffer.grad_data.nbytes
+        if action.kind is Kind.FREE_B:
+            self._partial.add(chunk)
+        self._leave(chunk)
+
+    def end(self) -> None:
+        """Point everything home, as after a step that failed it may not be."""
+        for chunk in list(self._there):
+            self._leave(chunk)
+
+    def _leave(self, chunk: int) -> None:
+        for _, place in self._places(chunk):
+            if self._poison:
+                place.weights.fill_(math.nan)
+                place.gradients.fill_(math.nan)
+        for parameter, (weights, gradients) in self._homes[chunk].items():
+            parameter.data, parameter.main_grad = weights, gradients
+        del self._there[chunk]
+
+    def _places(self, chunk: int) -> Iterator[tuple[Any, _Place]]:
+        """Yield each flat buffer of ``chunk`` and as much of its slot as it fills."""
+        slot = self._slots[self._there[chunk]]
+        for buffer in self._buffers[chunk]:
+            whole, number = slot[_key(buffer)], buffer.param_data.numel()
+            yield buffer, _Place(whole.weights[:number], whole.gradients[:number])
+
+
+def _point(parameter: Any, weights: Tensor, gradients: Tensor) -> None:
+    """Let a parameter's weights and gradients lie elsewhere, under the same owner."""
+    owner = getattr(parameter.main_grad, "owner", None)
+    if owner is not None:
+        gradients.owner = owner  # type: ignore[attr-defined]
+    parameter.data, parameter.main_grad = weights, gradients
+
+
+def _key(buffer: Any) -> tuple[torch.dtype, torch.dtype, Hashable]:
+    is_shared = all(getattr(parameter, "allreduce", True) for parameter in buffer.params)
+    return buffer.param_data.dtype, buffer.grad_data.dtype, is_shared
+
+
+def _room(buffers: Iterable[Any]) -> dict[tuple[torch.dtype, torch.dtype, Hashable], int]:
+    """Return how many elements a slot has for each kind of buffer."""
+    room: dict[tuple[torch.dtype, torch.dtype, Hashable], int] = {}
+    for buffer in buffers:
+        key = _key(buffer)
+        room[key] = max(room.get(key, 0), buffer.param_data.numel())
+    return room
+
+
+def _check(chunk: Any, buffers: Sequence[Any]) -> None:
+    held = {parameter for buffer in buffers for parameter in buffer.params}
+    outside = [
+        name
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and parameter not in held
+    ]
+    if outside or any(buffer.param_data is None for buffer in buffers):
+        raise ValueError(
+            f"--offload-model-chunks: weights outside of Megatron's flat buffers cannot visit the "
+            f"device: {', '.join(outside[:3]) or 'add --use-distributed-optimizer'}"
+        )
