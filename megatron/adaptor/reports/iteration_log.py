@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.patches import Patch
-from megatron.adaptor.reports import trace
+from megatron.adaptor.reports import trace, writers
 from megatron.adaptor.reports.metrics import StepMeter
 from megatron.adaptor.reports.metrics_file import MetricsFile
 
@@ -42,7 +42,7 @@ class IterationLog:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Log tokens/s, TFLOP/s, activation memory and bubble ratio."""
+        """Log tokens/s, TFLOP/s, MFU, activation memory, KV carry and bubble ratio."""
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         self._log(iteration)
         return result
@@ -66,7 +66,8 @@ class IterationLog:
             self._trace(settings.trace_file)
         prints = iteration % args.log_interval == 0
         file = settings.metrics_file if settings else None
-        if not prints and file is None:
+        to_writers = writers.writes(args, iteration)
+        if not prints and file is None and not to_writers:
             return
         batch_size = get_current_global_batch_size()
         operations = num_floating_point_operations(args, batch_size)
@@ -75,6 +76,8 @@ class IterationLog:
             return
         if prints:
             print_rank_last(entry.log_line())
+        if to_writers:
+            writers.write(entry, args)
         if file is not None:
             self._file = self._file or MetricsFile(Path(file))
             self._file.append(entry)

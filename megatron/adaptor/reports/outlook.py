@@ -34,7 +34,7 @@ def choose_splits(args: argparse.Namespace) -> str | None:
     """
     if args.seq1f1b_splits != AUTO:
         return None
-    device = _device()
+    device = described_device()
     if device is None:
         return (
             "--seq1f1b-splits auto: there is no description of this device to choose by: run "
@@ -107,7 +107,7 @@ def setting_of(
 def advice(args: argparse.Namespace) -> Iterator[str]:
     """Yield what the planner warns of, on this device if it is described, else by operations."""
     try:
-        setting, device = setting_of(args), _device()
+        setting, device = setting_of(args), described_device()
     except SettingError:
         return  # a model that the planner does not describe
     if device is None:
@@ -157,7 +157,8 @@ class MemoryLine:
         return None
 
 
-def _device() -> Gpu | None:
+def described_device() -> Gpu | None:
+    """Return the description of the device that this rank trains on; None if there is none."""
     on_gpu = torch.cuda.is_available() and torch.empty(0).cuda().is_cuda
     return device_here(torch.cuda.get_device_name() if on_gpu else None)
 
