@@ -43,17 +43,30 @@ def speedups(rows: Rows, title: str) -> plt.Figure:
     """Draw a bar for each schedule at its best cut, per shape, and a mark where theory is."""
     shapes = sorted({(row["stages"], row["micro_batches"]) for row in rows})
     figure, grid = plt.subplots(
-        1, len(shapes), figsize=(3.2 * len(shapes), 4), sharey=True, squeeze=False
+        1, len(shapes), figsize=(3.2 * len(shapes), 4.2), sharex=True, sharey=True, squeeze=False
     )
     figure.set_layout_engine("constrained")
-    names = sorted({_name(row) for row in rows})
+    # in the table's order from the top down, which begins with 1F1B
+    names = list(dict.fromkeys(_name(row) for row in sorted(rows, key=_order)))
+    scale = max(max(row["speedup"], row.get("speedup_in_theory", 0.0)) for row in rows)
     for axes, (stages, m) in zip(grid[0], shapes, strict=True):
         best: dict[str, dict[str, Any]] = {}
         for row in rows:
             is_here = (row["stages"], row["micro_batches"]) == (stages, m)
             if is_here and row["speedup"] > best.get(_name(row), {"speedup": 0.0})["speedup"]:
                 best[_name(row)] = row
-        axes.barh(names, [best[name]["speedup"] for name in names], color="#4477aa")
+        values = [best[name]["speedup"] for name in names]
+        colours = ["#8c8c8c" if name == names[0] else "#4477aa" for name in names]
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(
+            bars,
+            [f"{value:.2f}" for value in values],
+            label_type="center",
+            color="white",
+            fontsize=7,
+            fontweight="bold",
+        )
+        axes.set_xlim(0, scale * 1.05)
         for place, name in enumerate(names):
             if "speedup_in_theory" in best[name]:
                 theory = best[name]["speedup_in_theory"]
@@ -61,12 +74,19 @@ def speedups(rows: Rows, title: str) -> plt.Figure:
         axes.set_title(f"p={stages}, m={m}", fontsize="small")
         axes.tick_params(labelsize=7)
         axes.set_xlabel("speedup over 1F1B; line: theory", fontsize=7)
+    grid[0][0].invert_yaxis()
     figure.suptitle(title, fontsize=7, wrap=True)
     return figure
 
 
+def _order(row: dict[str, Any]) -> tuple[bool, bool, int]:
+    """Sort 1F1B first, then its kin, then what cuts into sub-sequences, each by model chunks."""
+    name = row["schedule"]
+    return "seq1f1b" in name or name == "greedy", name == "greedy", row["chunks"]
+
+
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['schedule']} v={row['chunks']}"
+    return row["schedule"] if row["chunks"] == 1 else f"{row['schedule']}, v={row['chunks']}"
 
 
 def main() -> None:

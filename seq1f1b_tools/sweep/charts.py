@@ -1,5 +1,6 @@
-"""Throughput and memory of the runs as pictures."""
+"""Throughput, memory, bubbles and losses of the runs as pictures."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from seq1f1b_tools.sweep.records import Summary
 from seq1f1b_tools.sweep.report import Result
 
 Panel = Callable[[Axes, Sequence[Result], dict[str, str]], None]
@@ -43,7 +45,7 @@ _INCHES_PER_LETTER = 0.085
 
 
 def draw_charts(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw throughput.png and memory.png into ``folder``; none if nothing has been measured."""
+    """Draw a PNG of each kind into ``folder``; none if nothing has been measured."""
     shown = [result for result in results if result.status not in ("skipped", "not run")]
     if not any(result.summary for result in shown):
         return []
@@ -52,6 +54,8 @@ def draw_charts(results: Sequence[Result], folder: Path) -> list[Path]:
         for name, panel, title in (
             ("throughput.png", _throughput, "Throughput in tokens/s"),
             ("memory.png", _memory, "Peak activation memory in MiB"),
+            ("bubble.png", _bubble, "Bubble ratio: idle time of a stage over the step"),
+            ("loss.png", _loss, "Loss of every iteration"),
         ):
             figure = _figure(shown, panel, title)
             figure.savefig(folder / name, dpi=150)
@@ -78,7 +82,6 @@ def _figure(results: Sequence[Result], panel: Panel, title: str) -> Figure:
         group = [result for result in results if result.run.setting == setting]
         panel(axes, group, colours)
         axes.set_title(_title(group[0]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.tick_params(length=0)
         axes.margins(y=0.14)
@@ -98,6 +101,7 @@ def _figure(results: Sequence[Result], panel: Panel, title: str) -> Figure:
 
 
 def _throughput(axes: Axes, group: Sequence[Result], colours: dict[str, str]) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(_with_commas))
     for place, result in enumerate(group):
         if result.summary is None:
             axes.text(
@@ -142,25 +146,64 @@ def _throughput(axes: Axes, group: Sequence[Result], colours: dict[str, str]) ->
 
 
 def _memory(axes: Axes, group: Sequence[Result], colours: dict[str, str]) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(_with_commas))
+    _by_stage(axes, group, colours, lambda summary: summary.peak_memory_mib, "{:,.0f}")
+    _name_missing(axes, group)
+
+
+def _bubble(axes: Axes, group: Sequence[Result], colours: dict[str, str]) -> None:
+    _by_stage(axes, group, colours, lambda summary: summary.bubble_by_stage, "{:.3f}")
+    _name_missing(axes, group)
+
+
+def _loss(axes: Axes, group: Sequence[Result], colours: dict[str, str]) -> None:
+    """Draw what is equal one on the other, the later ones with narrower lines."""
+    for place, result in enumerate(group):
+        if result.summary is None:
+            continue
+        losses = result.summary.losses
+        axes.plot(
+            range(1, len(losses) + 1),
+            [math.nan if loss is None else loss for loss in losses],
+            color=colours[result.run.variant],
+            linewidth=1.2 + 1.1 * (len(group) - 1 - place),
+            marker="o" if len(losses) == 1 else "",
+        )
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _name_missing(axes, group)
+
+
+def _by_stage(
+    axes: Axes,
+    group: Sequence[Result],
+    colours: dict[str, str],
+    values_of: Callable[[Summary], Sequence[float]],
+    form: str,
+) -> None:
+    """Draw a group of bars for each stage, one bar for each run."""
     num_stages = group[0].run.pp
     width = 0.8 / len(group)
     for place, result in enumerate(group):
         offset = (place - (len(group) - 1) / 2) * width
         if result.summary is None:
             continue
-        peaks = result.summary.peak_memory_mib
+        values = values_of(result.summary)
         bars = axes.bar(
             [stage + offset for stage in range(num_stages)],
-            peaks,
+            values,
             width * 0.94,
             color=colours[result.run.variant],
         )
         if num_stages * len(group) <= 12:
-            axes.bar_label(bars, [f"{mib:,.0f}" for mib in peaks], fontsize=8, padding=2)
+            axes.bar_label(bars, [form.format(value) for value in values], fontsize=8, padding=2)
     axes.set_xticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
     if num_stages > 4:
         axes.set_xticks(range(num_stages), map(str, range(num_stages)))
         axes.set_xlabel("stage")
+
+
+def _name_missing(axes: Axes, group: Sequence[Result]) -> None:
     absent = [f"{_label(r.run.variant)}: {_missing(r)}" for r in group if r.summary is None]
     axes.text(
         0.99,
@@ -172,6 +215,10 @@ def _memory(axes: Axes, group: Sequence[Result], colours: dict[str, str]) -> Non
         fontsize=9,
         color=_WARNING,
     )
+
+
+def _with_commas(value: float, _: int) -> str:
+    return f"{value:,.0f}"
 
 
 def _missing(result: Result) -> str:

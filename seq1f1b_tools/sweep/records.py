@@ -206,8 +206,9 @@ class Summary:
     """A run's figures, without its first iterations (losses: with them).
 
     steps has the milliseconds of each; both rates are of their median; memory is the highest peak,
-    by stage; bubble_ratio is the mean over stages of each iteration, and of these the median.
-    action_milliseconds has the median of every action's time, by stage.
+    by stage; bubble_ratio is the mean over stages of each iteration, and of these the median;
+    bubble_by_stage is each stage's median. action_milliseconds has the median of every action's
+    time, by stage.
     """
 
     steps: tuple[float, ...]
@@ -216,6 +217,7 @@ class Summary:
     peak_memory_mib: tuple[float, ...]
     kv_carry_mib: tuple[float, ...]
     bubble_ratio: float
+    bubble_by_stage: tuple[float, ...]
     losses: tuple[float | None, ...]
     action_milliseconds: tuple[dict[str, float], ...] = ()
 
@@ -245,6 +247,9 @@ def summarize(entries: Sequence[dict[str, Any]], num_warmup: int) -> Summary | N
         peak_memory_mib=_peaks(counted, "peak_activation_bytes"),
         kv_carry_mib=_peaks(counted, "kv_carry_bytes"),
         bubble_ratio=median(fmean(entry["bubble_ratio"]) for entry in counted),
+        bubble_by_stage=tuple(
+            median(stage) for stage in zip(*(e["bubble_ratio"] for e in counted), strict=True)
+        ),
         losses=tuple(entry["lm_loss"] for entry in entries),
         action_milliseconds=_actions(counted),
     )

@@ -16,7 +16,7 @@ HALVES = ({"0F.0": 5.0, "0F.1": 5.0, "0B.0": 10.0, "0B.1": 10.0},) * 2
 
 
 def summary(actions: tuple[dict[str, float], ...]) -> Summary:
-    return Summary((1.0,), 1.0, 1.0, (1.0,), (0.0,), 0.1, (1.0,), actions)
+    return Summary((1.0,), 1.0, 1.0, (1.0,), (0.0,), 0.1, (0.1,), (1.0,), actions)
 
 
 def test_equal_actions_leave_theory_alone():

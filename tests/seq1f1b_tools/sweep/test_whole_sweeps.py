@@ -48,7 +48,7 @@ def test_sweep_compares_every_schedule_with_1f1b(bench):
         "uniform_comp",
     )
     assert "4.000 (1.333)" in bench.text
-    for chart in ("throughput.png", "memory.png"):
+    for chart in ("throughput.png", "memory.png", "bubble.png", "loss.png"):
         assert (bench.output / chart).read_bytes().startswith(b"\x89PNG")
     log = (bench.output / "logs" / f"{UNIFORM}.log").read_text()
     assert log.startswith("$ ")
