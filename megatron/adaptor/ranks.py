@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from megatron.adaptor.checkpoints.loading import FinishedError
 from megatron.adaptor.patches import Patch
 from seq1f1b.errors import Seq1F1BError
 from seq1f1b.runtime import LinkError
@@ -86,7 +87,7 @@ class Ranks:
         @record
         def train() -> Any:
             try:
-                result = original(*args, **kwargs)
+                result = _unless_finished(original, *args, **kwargs)
                 dist.barrier()
             except SystemExit as error:
                 if error.code in (None, 0):
@@ -111,6 +112,17 @@ class Ranks:
         iteration = getattr(self._arguments(), "curr_iteration", None)
         rank = f"rank {dist.get_rank()}" if dist.is_initialized() else "this rank"
         return rank if iteration is None else f"{rank}, iteration {iteration + 1},"
+
+
+def _unless_finished(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function``; a job with nothing left to train says so and ends well."""
+    from megatron.training import print_rank_0
+
+    try:
+        return function(*args, **kwargs)
+    except FinishedError as finished:
+        print_rank_0(str(finished))
+        return None
 
 
 def check_same(own: dict[str, str], group: Any = None) -> None:

@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from megatron.adaptor.checkpoints.helpers import Helpers
+from megatron.adaptor.checkpoints.loading import Loading
+from megatron.adaptor.checkpoints.room import Room
 from megatron.adaptor.command_line.model_cost import token_cost
 from megatron.adaptor.command_line.parsing import CommandLine
 from megatron.adaptor.command_line.settings import Settings
@@ -101,6 +104,9 @@ class Session:
             *tokenizer.patches(),
             *CommandLine(self.accept).patches(),
             *Ranks(lambda: self.args).patches(),
+            *Helpers(lambda: self.args).patches(),
+            *Loading(lambda: self.args).patches(),
+            *Room(lambda: self.args).patches(),
             *self.loop.patches(),
             *self.meter.patches(),
             *IterationLog(self.meter, lambda: self.settings, lambda: self.args).patches(),

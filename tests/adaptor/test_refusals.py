@@ -239,3 +239,22 @@ def test_no_row_goes_without_a_case(found):
         if any(expected in fault for fault in faults)
     }
     assert [flags[n] for n in range(len(flags)) if str(n) not in covered] == []
+
+
+def test_folders_that_nothing_can_be_put_into_are_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    flags = ("--save", "--data-cache-path", "--tensorboard-dir")
+    lines = [
+        [_BASE, {flag.removeprefix("--").replace("-", "_"): str(folder)}]
+        for flag in flags
+        for folder in (file, file / "below", tmp_path / "new" / "below")
+    ]
+    answers, _ = ask(_PROGRAM, lines, RANK="0", WORLD_SIZE="4")
+    for number, flag in enumerate(flags):
+        is_file, below, new = (faults for _, faults in answers[3 * number : 3 * number + 3])
+        expected = f"cannot be written into ({file} is not a folder): name another folder"
+        assert is_file == [f"{flag} {file}: {expected}"]
+        assert below == [f"{flag} {file}/below: {expected}"]
+        assert new == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -177,6 +177,10 @@ def _file_faults(arguments: Arguments) -> Iterator[str]:
     ):
         if name is not None and (why := _cannot_write(Path(name))):
             yield f"{flag} {name}: cannot be written ({why}): name another file"
+    for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
+        name = getattr(arguments.args, flag.removeprefix("--").replace("-", "_"), None)
+        if name and "://" not in name and (why := _cannot_fill(Path(name))):
+            yield f"{flag} {name}: cannot be written into ({why}): name another folder"
 
 
 def _cannot_write(file: Path) -> str | None:
@@ -185,7 +189,12 @@ def _cannot_write(file: Path) -> str | None:
         return "it is a folder"
     if file.exists():
         return None if os.access(file, os.W_OK) else "permission denied"
-    folder = file.absolute().parent
+    return _cannot_fill(file.absolute().parent)
+
+
+def _cannot_fill(folder: Path) -> str | None:
+    """Return why nothing could be put into ``folder``, which need not be there yet."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

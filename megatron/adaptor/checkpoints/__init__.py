@@ -1,0 +1,1 @@
+"""What Megatron's saving and loading of checkpoints lacks to be right or to say what is wrong."""
