@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from megatron.adaptor import data_cache
 from megatron.adaptor.checkpoints.helpers import Helpers
 from megatron.adaptor.checkpoints.loading import Loading
 from megatron.adaptor.checkpoints.room import Room
@@ -104,6 +105,7 @@ class Session:
             *tokenizer.patches(),
             *CommandLine(self.accept).patches(),
             *Ranks(lambda: self.args).patches(),
+            *data_cache.patches(),
             *Helpers(lambda: self.args).patches(),
             *Loading(lambda: self.args).patches(),
             *Room(lambda: self.args).patches(),
