@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.adaptor.patches import Patch
+from seq1f1b.errors import Seq1F1BError
 
 _CHECKPOINTING = "megatron.training.checkpointing"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Seq1F1BError, RuntimeError):
     """A checkpoint that cannot be read or written; the message names it and the way out."""
 
 
-class FinishedError(Exception):
+class FinishedError(Seq1F1BError):
     """The checkpoint that was loaded is of the last iteration: there is nothing to train."""
 
 
