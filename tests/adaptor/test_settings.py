@@ -80,6 +80,23 @@ REFUSED = {
         [*_GREEDY, "--seq1f1b-max-live", "3"],
         ["--seq1f1b-schedule greedy: a cap of 3 sub-sequences does not hold one micro-batch"],
     ),
+    "more chunks on the device than there are": (
+        shlex.split(
+            "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer "
+            "--offload-model-chunks 3"
+        ),
+        ["--offload-model-chunks 3: must be from 0 to the model chunks of a stage, which are 2"],
+    ),
+    "fewer chunks on the device than none": (
+        ["--num-virtual-stages-per-pipeline-rank", "2", "--offload-model-chunks", "-1"],
+        ["--offload-model-chunks -1: must be from 0"],
+    ),
+    "turns too short for the stages": (
+        shlex.split(
+            "--num-virtual-stages-per-pipeline-rank 2 --seq1f1b-splits 2 --seq1f1b-turn 1 "
+        ),
+        ["turns of 1 on 2 stages"],
+    ),
     "zb-h1 with virtual stages": (
         ["--seq1f1b-schedule", "zb-h1", "--num-virtual-stages-per-pipeline-rank", "2"],
         ["--seq1f1b-schedule zb-h1: zb-h1 has 1 model chunk a stage, not 2: use greedy"],

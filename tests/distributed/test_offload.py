@@ -102,6 +102,7 @@ def test_a_chunk_that_comes_back_to_another_slot_trains_wrongly(workers):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(400)
 def test_a_script_trains_evaluates_and_resumes_with_chunks_in_host_memory(tmp_path):
     """The same losses as with all chunks on the device, one of them after a resumption."""
     flags = (

@@ -156,9 +156,18 @@ def _why_multiple(args: argparse.Namespace) -> str:
 def _schedule_faults(arguments: Arguments) -> Iterator[str]:
     """Ask for the schedule of a training step, which is made once."""
     args, settings = arguments
+    num_chunks = _num_chunks(arguments)
+    if not 0 <= settings.offload_chunks <= num_chunks:
+        yield (
+            f"--offload-model-chunks {settings.offload_chunks}: must be from 0 to the model chunks "
+            f"of a stage, which are {num_chunks}: use fewer, or more "
+            "--num-virtual-stages-per-pipeline-rank"
+        )
+        return
     if not settings.runs_executor:
         return
-    num_chunks = args.virtual_pipeline_model_parallel_size or 1
+    if settings.offload_chunks and settings.splits_backwards:
+        return  # refused by its row of the table
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     try:
         settings.schedule(args.pipeline_model_parallel_size, num_chunks, micro_batches, trains=True)
@@ -345,16 +354,6 @@ TABLE: tuple[Refusal, ...] = (
         lambda a: None not in (a.args.seq1f1b_turn, a.args.microbatch_group_size_per_vp_stage),
         "and --microbatch-group-size-per-virtual-pipeline-stage both say how long a turn is: leave "
         "one of them out",
-        Scope.ALWAYS,
-    ),
-    Refusal(
-        "--offload-model-chunks",
-        lambda a: not 0 <= a.settings.offload_chunks <= _num_chunks(a),
-        lambda a: (
-            f"{a.settings.offload_chunks}: must be from 0 to the model chunks of a stage, which "
-            f"are {_num_chunks(a)}: use fewer, or more "
-            "--num-virtual-stages-per-pipeline-rank"
-        ),
         Scope.ALWAYS,
     ),
     Refusal(
