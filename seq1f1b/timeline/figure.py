@@ -17,6 +17,7 @@ _ROW_INCHES = 0.42
 _MEMORY_INCHES = 1.5
 _BAR_HEIGHT = 0.86
 _POINTS_PER_LETTER = 4.4
+_MOST_NAMED_CURVES = 10
 _GRAY = "#6b7280"
 _IDLE = "#eef0f4"
 _STYLE: Any = {
@@ -140,6 +141,7 @@ def _draw_memory(axes: "Axes", timeline: Timeline, length: float) -> None:
 
     colors = colormaps["viridis"]
     num_stages = len(timeline.memory)
+    named_every = -(-num_stages // _MOST_NAMED_CURVES)
     divisor, unit = _readable(timeline)
     for stage, curve in enumerate(timeline.memory):
         color = colors(0.05 + 0.8 * stage / max(num_stages - 1, 1))
@@ -148,7 +150,7 @@ def _draw_memory(axes: "Axes", timeline: Timeline, length: float) -> None:
         peak = max(held)
         axes.step(
             times, held, where="post", color=color, linewidth=1.4,
-            label=f"{stage}: {peak:.4g}",
+            label="" if stage % named_every else f"{stage}: {peak:.4g}",
         )  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)

@@ -19,8 +19,8 @@ class _Tone(NamedTuple):
 _TONES = {
     Kind.F: _Tone(0.92, 0.80, 0.075, "#1d2433"),
     Kind.B: _Tone(0.64, 0.48, 0.125, "#ffffff"),
-    Kind.I: _Tone(0.64, 0.48, 0.125, "#ffffff"),
-    Kind.W: _Tone(0.77, 0.66, 0.045, "#1d2433"),
+    Kind.I: _Tone(0.76, 0.64, 0.155, "#1d2433"),
+    Kind.W: _Tone(0.77, 0.66, 0.035, "#1d2433"),
 }
 
 
