@@ -16,7 +16,7 @@ def make_tokenizer(recipe: Recipe) -> tuple[Any, str]:
     """Return the tokenizer and a name that tells it apart. Raises RecipeError."""
     name = recipe.data.tokenizer or recipe.model.name
     if name == BYTES:
-        return _of_bytes(), BYTES
+        return byte_tokenizer(), BYTES
     if name is None:
         raise RecipeError(
             "data.tokenizer: missing, and model.config has no tokenizer of its own; name a folder, "
@@ -34,7 +34,7 @@ def make_tokenizer(recipe: Recipe) -> tuple[Any, str]:
     return tokenizer, name
 
 
-def _of_bytes() -> Any:
+def byte_tokenizer() -> Any:
     """Return a tokenizer with a token for each byte and three more."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

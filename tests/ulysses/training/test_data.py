@@ -14,13 +14,13 @@ from seq1f1b.ulysses.training.data import DataError, Order, PackedRows, make_row
 from seq1f1b.ulysses.training.data.encode import Encoder
 from seq1f1b.ulysses.training.data.records import Record, read_records
 from seq1f1b.ulysses.training.recipe import DataSettings
-from seq1f1b.ulysses.training.tokenizer import _of_bytes
+from seq1f1b.ulysses.training.tokenizer import byte_tokenizer
 from tests.ulysses.training.recipes import write_texts
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return _of_bytes()
+    return byte_tokenizer()
 
 
 def learned_text(tokenizer: Any, content: dict[str, Any], **settings: Any) -> tuple[str, str]:
