@@ -1,6 +1,7 @@
 """The state of one training process under the adaptor, shared by everything that it replaces."""
 
 import argparse
+import sys
 from typing import Any
 
 from megatron.adaptor import data_cache
@@ -18,6 +19,7 @@ from megatron.adaptor.layers.router_losses import RouterLosses
 from megatron.adaptor.layers.transformer_engine import EngineConfiguration
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.ranks import Ranks
+from megatron.adaptor.reports.console import print_first
 from megatron.adaptor.reports.iteration_log import IterationLog
 from megatron.adaptor.reports.metrics import StepMeter
 from megatron.adaptor.reports.outlook import MemoryLine
@@ -42,6 +44,7 @@ class Session:
         self.args: argparse.Namespace | None = None
         self.request: Request | None = None
         self.has_stepped = False
+        self.only_checks_flags = False
         self._settings: Settings | None = None
         self._requested: tuple[Any, Settings] | None = None
         self._knows_vocabulary = False
@@ -85,6 +88,9 @@ class Session:
                 "megatron.adaptor.enable() was called, and Megatron's command line brings settings "
                 "of its own: use either enable() or the flags"
             )
+        if self.only_checks_flags:
+            print_first(f"> flags accepted for {args.world_size} ranks")
+            sys.exit(0)
         self._settings, self.args = settings, args
         self._apply(settings)
 
