@@ -77,15 +77,22 @@ class Outcome:
         return "within the timeout + 60 s" if self.seconds < limit else "longer"
 
 
-def command(folder: Path, *, resume: bool, split: bool) -> list[str]:
+def command(
+    folder: Path,
+    *,
+    resume: bool,
+    split: bool = False,
+    iterations: int = ITERATIONS,
+    saves: int = SAVED // 2,
+) -> list[str]:
     """Return the command of one job; ``split``: with weight gradients apart."""
     flags = (
         "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
         "--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 3 --vocab-size 100 "
-        f"--train-iters {ITERATIONS} --eval-iters 0 --eval-interval 99 --lr 1e-3 "
+        f"--train-iters {iterations} --eval-iters 0 --eval-interval 99 --lr 1e-3 "
         "--attention-dropout 0 --hidden-dropout 0 --log-interval 1 --position-embedding-type rope "
         "--num-workers 1 --pipeline-model-parallel-size 2 --seq1f1b-splits 3 --ckpt-format "
-        f"torch_dist --save-interval {SAVED // 2} --distributed-timeout-minutes {TIMEOUT_MINUTES}"
+        f"torch_dist --save-interval {saves} --distributed-timeout-minutes {TIMEOUT_MINUTES}"
     )
     files = ["--save", folder / "checkpoint", "--seq1f1b-metrics-file", folder / "metrics.jsonl"]
     return [
@@ -183,6 +190,14 @@ def page(outcomes: list[Outcome]) -> str:
     )
 
 
+def write_section(name: str, text: str) -> None:
+    """Replace what docs/reliability.md has between the marks of ``name``."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    PAGE.write_text(before + begin + text + end + after)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -212,10 +227,7 @@ def main() -> None:
         )
         + "\n"
     )
-    begin, end = "<!-- faults -->\n", "\n<!-- end of faults -->"
-    before, _, rest = PAGE.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    PAGE.write_text(before + begin + page(outcomes) + end + after)
+    write_section("faults", page(outcomes))
 
 
 if __name__ == "__main__":
