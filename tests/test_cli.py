@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -41,6 +42,10 @@ def trace(tmp_path):
         for stage, spans in enumerate(planned(one_f_one_b(2, 3, 2)).stages):
             write_trace(stream, stage, spans)
     return str(path)
+
+
+def test_version():
+    assert run("--version") == f"seq1f1b {version('seq1f1b')}\n"
 
 
 def test_compare_agrees_with_the_formulas():

@@ -1,5 +1,8 @@
 """``seq1f1b``: see and compare schedules before they cost anything, and train on long sequences."""
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from seq1f1b.cli.calibrate import calibrate
@@ -21,6 +24,26 @@ app = typer.Typer(
     help="Plan pipeline schedules and training settings, and train Hugging Face models on long "
     "sequences.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"seq1f1b {version('seq1f1b')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options before the name of a command."""
+
+
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(plan)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(simulate)
