@@ -1,7 +1,6 @@
 """The wheel holds every package and works beside Megatron-Core from any folder."""
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,24 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.try_wheel import build, try_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, since a build leaves folders in its source."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("seq1f1b", "seq1f1b_tools", "megatron", "tests", "tools"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    folder = tmp_path_factory.mktemp("wheel")
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True
-    )
-    (path,) = folder.glob("*.whl")
-    return path
+    return build(tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
@@ -44,9 +33,8 @@ def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) ->
     assert "megatron/__init__.py" not in packed
 
 
-def test_installed_wheel_shares_the_namespace_with_megatron_core(
-    wheel: Path, tmp_path: Path
-) -> None:
+def installed(wheel: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Return an environment that has the wheel, and its folder of packages."""
     environment = tmp_path / "environment"
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60
@@ -57,6 +45,13 @@ def test_installed_wheel_shares_the_namespace_with_megatron_core(
     # A path file brings in the dependencies but not the editable install of this project: path
     # files in the folder that it names are not read.
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return environment, site_packages
+
+
+def test_installed_wheel_shares_the_namespace_with_megatron_core(
+    wheel: Path, tmp_path: Path
+) -> None:
+    environment, site_packages = installed(wheel, tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     program = (
@@ -76,3 +71,20 @@ def test_installed_wheel_shares_the_namespace_with_megatron_core(
     assert Path(method) == site_packages / "seq1f1b" / "__init__.py"
     assert Path(adaptor) == site_packages / "megatron" / "adaptor" / "__init__.py"
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_installed_wheel_runs_its_commands_and_trains_from_any_folder(
+    wheel: Path, tmp_path: Path
+) -> None:
+    environment, _ = installed(wheel, tmp_path)
+    script = environment / "bin" / "seq1f1b"  # as pip makes it
+    script.write_text(f"#!{environment}/bin/python\nfrom seq1f1b.cli import app\n\napp()\n")
+    script.chmod(0o755)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    printed = try_environment(environment, elsewhere)
+    assert (elsewhere / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert "tokens/s" in printed["training"]

@@ -45,6 +45,7 @@ def share_device() -> None:
         rank: int,
         size: int,
         timeout: Any = distributed_c10d.default_pg_timeout,
+        **rest: Any,
     ) -> None:
         if not devices:
             names = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -53,10 +54,12 @@ def share_device() -> None:
                 if names
                 else [gloo.create_default_device()]
             )
-        options = timeout
-        if isinstance(timeout, datetime.timedelta):
-            options = gloo._Options()
-            options._devices, options._timeout = devices, timeout
+        if not isinstance(timeout, datetime.timedelta) or any(rest.values()):
+            create(group, store, rank, size, timeout, **rest)
+            return
+        # Newer versions of torch name what is left out too; options take none of it.
+        options = gloo._Options()
+        options._devices, options._timeout = devices, timeout
         create(group, store, rank, size, options)
 
     gloo.__init__ = create_on_device
