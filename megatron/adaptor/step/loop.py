@@ -196,7 +196,7 @@ class Loop:
     def _is_first(self, arguments: StepArguments) -> bool:
         """Whether this forward step trains, or evaluates, for the first time."""
         script = _code_of(arguments.forward_step_func)
-        is_first = self._checked.get(arguments.trains) is not script
+        is_first = self._checked.get(arguments.trains) != script
         self._checked[arguments.trains] = script
         return is_first
 
@@ -207,8 +207,27 @@ class Loop:
         return rank if iteration is None else f"{rank}iteration {iteration + 1}, "
 
 
-def _code_of(function: Any) -> Any:
-    """Return what a function runs, which a closure or partial made anew for each step shares."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__code__", function)
+def _code_of(function: Any, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
+    """Return what a function runs, which a closure or partial made anew for each step shares.
+
+    Functions that it closes over, or that a partial passes on, are a part of that.
+    """
+    if id(function) in seen:
+        return ()
+    seen |= {id(function)}
+    if isinstance(function, functools.partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+        return tuple(code for value in held for code in _code_of(value, seen))
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return (function,) if callable(function) else ()
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return (code, *(inner for value in cells for inner in _code_of(value, seen)))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - an empty cell raises
+    except ValueError:
+        return False
+    return True
