@@ -103,6 +103,7 @@ def _arguments(request: Request, step: StepArguments) -> argparse.Namespace:
             "virtual_pipeline_model_parallel_size": len(step.chunks)
             if len(step.chunks) > 1
             else None,
+            "microbatch_group_size_per_vp_stage": _group_size(config, groups.pp.size()),
             "use_megatron_fsdp": "FullyShardedDataParallel" in wrappers,
             "use_torch_fsdp2": "TorchFullyShardedDataParallel" in wrappers,
             "seq_length": step.length,
@@ -126,8 +127,17 @@ def _arguments(request: Request, step: StepArguments) -> argparse.Namespace:
             "seq1f1b_metrics_file": None,
             "seq1f1b_trace_file": None,
             "seq1f1b_trace_iteration": 0,
+            "seq1f1b_turn": None,
+            "offload_model_chunks": 0,
+            "offload_prefetch": False,
         }
     )
+
+
+def _group_size(config: Any, num_stages: int) -> int | None:
+    """Return the micro-batches of a turn, or None for as many as stages, Megatron's default."""
+    size: int | None = config.microbatch_group_size_per_vp_stage
+    return None if size == num_stages else size
 
 
 def _vocabulary(model: Any) -> int:
