@@ -1,4 +1,4 @@
-# NOT BUILT BY ANYBODY YET: a starting point. Nobody has built or run this image.
+# A starting point that nobody has built or run yet.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 RUN apt-get update \
