@@ -43,14 +43,15 @@ def main() -> int:
     pins = {canonicalize_name(line.partition("==")[0]): line for line in lines if "==" in line}
     have = installed()
     wanted = []
-    for requirement in map(Requirement, needed):
+    for text in needed:
+        requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         version = have.get(name)
         if name == "torch" and version is not None:  # NVIDIA's are snapshots before the release
             version = Version(version).base_version
         fits = version is not None and requirement.specifier.contains(version, prereleases=True)
         if name == "torch" and not fits:
-            print(f"torch {have.get(name, 'is not there')}: needed is {requirement}")
+            print(f"torch {have.get(name, 'is not there')}: needed is {text}")
             return 1
         if not fits:
             wanted.append(pins.get(name, str(requirement)))
