@@ -35,21 +35,20 @@ def to_heads(group: Any, tensor: Tensor, dealing: Dealing) -> Tensor:
         )
     shares = tensor.reshape(length, batch, size, heads // size, dim).permute(2, 0, 1, 3, 4)
     received = _AllToAll.apply(shares, group)
-    pieces = received.reshape(len(dealing(size)), -1, batch, heads // size, dim)
-    return pieces[_inverse(dealing(size))].flatten(0, 1)
+    order = dealing(size)
+    pieces = received.reshape(len(order), -1, batch, heads // size, dim).unbind()
+    return torch.cat([pieces[place] for place in sorted(range(len(order)), key=order.__getitem__)])
 
 
 def to_tokens(group: Any, tensor: Tensor, dealing: Dealing) -> Tensor:
     """Undo ``to_heads``: from ``[n, b, heads / c, dim]`` to ``[n / c, b, heads, dim]``."""
     size = group.size()
     length, batch, heads, dim = tensor.shape
-    pieces = tensor.reshape(len(dealing(size)), -1, batch, heads, dim)
-    dealt = pieces[list(dealing(size))].reshape(size, length // size, batch, heads, dim)
-    return _AllToAll.apply(dealt, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _inverse(places: tuple[int, ...]) -> list[int]:
-    return sorted(range(len(places)), key=places.__getitem__)
+    order = dealing(size)
+    pieces = tensor.reshape(len(order), -1, batch, heads, dim).unbind()
+    dealt = torch.cat([pieces[piece] for piece in order])
+    shares = _AllToAll.apply(dealt.view(size, length // size, batch, heads, dim), group)
+    return shares.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 class _AllToAll(torch.autograd.Function):
