@@ -9,7 +9,12 @@ from typing import Any, get_args
 
 from torch import nn
 
-from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION, SCHEDULES
+from megatron.adaptor.command_line.flags import (
+    MEGATRON_ATTENTION,
+    SCHEDULES,
+    SPLITTING_SCHEDULES,
+    add_arguments,
+)
 from megatron.adaptor.command_line.refusals import settings_from
 from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.ranks import check_same
@@ -49,7 +54,7 @@ class Request:
     @property
     def splits_backwards(self) -> bool:
         """Whether weight gradients will be computed by actions of their own."""
-        return self.schedule in ("zb-h1", "greedy")
+        return self.schedule in SPLITTING_SCHEDULES
 
     def settings(self, step: StepArguments) -> Settings:
         """Return what this request means for the model of ``step``; all its ranks must call.
@@ -114,7 +119,9 @@ def _arguments(request: Request, step: StepArguments) -> argparse.Namespace:
             "distributed_timeout_minutes": request.timeout_minutes,
             "reset_attention_mask": False,
             "reset_position_ids": False,
-            "enable_seq1f1b": False,
+        }
+        | vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
+        | {
             "seq1f1b_splits": request.splits,
             "seq1f1b_balance_method": request.balance_method,
             "seq1f1b_schedule": request.schedule,
@@ -124,12 +131,6 @@ def _arguments(request: Request, step: StepArguments) -> argparse.Namespace:
             "seq1f1b_max_live": request.max_live,
             "seq1f1b_packing": packing,
             "seq1f1b_verify": request.verify,
-            "seq1f1b_metrics_file": None,
-            "seq1f1b_trace_file": None,
-            "seq1f1b_trace_iteration": 0,
-            "seq1f1b_turn": None,
-            "offload_model_chunks": 0,
-            "offload_prefetch": False,
         }
     )
 

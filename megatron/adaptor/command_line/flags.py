@@ -9,9 +9,9 @@ from seq1f1b.sequence import BALANCE_METHODS
 
 MINDSPEED_SPLITS = 4
 SCHEDULES = ("auto", "1f1b", "zb-h1", "greedy")
+SPLITTING_SCHEDULES = ("zb-h1", "greedy")
+"""Those that compute weight gradients in actions of their own."""
 MEGATRON_ATTENTION = "megatron"
-
-
 AUTO = "auto"
 
 
@@ -22,6 +22,30 @@ def _splits(text: str) -> int | str:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags to Megatron's parser, and make its help printable."""
     group = parser.add_argument_group(title="seq1f1b")
+    _add_cut_arguments(group)
+    _add_schedule_arguments(group)
+    group.add_argument(
+        "--seq1f1b-attention",
+        choices=sorted([*KERNELS, MEGATRON_ATTENTION]),
+        default=None,
+        help="Attention kernel (default: the first of "
+        f"{', '.join(KERNELS)} that supports the tensors). megatron: leave Megatron's attention "
+        "layers untouched, which needs one split.",
+    )
+    group.add_argument(
+        "--seq1f1b-verify",
+        action="store_true",
+        help="Before the first iteration, run one micro-batch whole in Megatron's own loop and "
+        "once more in sub-sequences, and stop unless loss and gradient norm agree. Needs the "
+        "memory of a whole micro-batch's activations on every stage, and --hidden-dropout 0.",
+    )
+    _add_offload_arguments(group)
+    _add_output_arguments(group)
+    _escape_help(parser)
+    return parser
+
+
+def _add_cut_arguments(group: Any) -> None:
     group.add_argument(
         "--seq1f1b-splits",
         type=_splits,
@@ -63,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help=f"Same as --seq1f1b-splits {MINDSPEED_SPLITS} when no number of splits is given.",
     )
+
+
+def _add_schedule_arguments(group: Any) -> None:
     group.add_argument(
         "--seq1f1b-schedule",
         choices=SCHEDULES,
@@ -92,21 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "number of stages, or what --microbatch-group-size-per-virtual-pipeline-stage says in "
         "micro-batches). Larger turns hold more activations.",
     )
-    group.add_argument(
-        "--seq1f1b-attention",
-        choices=sorted([*KERNELS, MEGATRON_ATTENTION]),
-        default=None,
-        help="Attention kernel (default: the first of "
-        f"{', '.join(KERNELS)} that supports the tensors). megatron: leave Megatron's attention "
-        "layers untouched, which needs one split.",
-    )
-    group.add_argument(
-        "--seq1f1b-verify",
-        action="store_true",
-        help="Before the first iteration, run one micro-batch whole in Megatron's own loop and "
-        "once more in sub-sequences, and stop unless loss and gradient norm agree. Needs the "
-        "memory of a whole micro-batch's activations on every stage, and --hidden-dropout 0.",
-    )
+
+
+def _add_offload_arguments(group: Any) -> None:
     group.add_argument(
         "--offload-model-chunks",
         type=int,
@@ -124,9 +139,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="With --offload-model-chunks: load a chunk as soon as its place on the device is "
         "free, not before the computation that needs it.",
     )
-    _add_output_arguments(group)
-    _escape_help(parser)
-    return parser
 
 
 def _add_output_arguments(group: Any) -> None:

@@ -11,7 +11,11 @@ from typing import Any
 from megatron.core.fp4_utils import get_fp4_align_size
 from megatron.core.fp8_utils import get_fp8_align_size
 
-from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION, MINDSPEED_SPLITS
+from megatron.adaptor.command_line.flags import (
+    MEGATRON_ATTENTION,
+    MINDSPEED_SPLITS,
+    SPLITTING_SCHEDULES,
+)
 from megatron.adaptor.command_line.model_cost import token_cost
 from megatron.adaptor.step.read_ahead import Packing
 from seq1f1b.schedule import (
@@ -86,7 +90,7 @@ class Settings:
     @property
     def splits_backwards(self) -> bool:
         """Whether weight gradients are computed by actions of their own."""
-        return self.schedule_name in ("zb-h1", "greedy")
+        return self.schedule_name in SPLITTING_SCHEDULES
 
     def with_cost(self, cost: TokenCost) -> "Settings":
         """Return the same settings for a model of another cost."""
