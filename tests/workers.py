@@ -1,9 +1,7 @@
 """Worker ranks that stay alive from test to test, because importing Megatron takes seconds."""
 
-import ctypes
 import os
 import queue
-import signal
 import tempfile
 import time
 import traceback
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_PR_SET_PDEATHSIG = 1
+from seq1f1b.processes import end_with_parent
 
 
 class WorkerError(AssertionError):
@@ -82,13 +80,6 @@ class WorkerPool:
         ]
         for process in self._processes:
             process.start()
-
-
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Let Linux send this process a signal when the one that started it ends, in whatever way."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:

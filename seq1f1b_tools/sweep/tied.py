@@ -5,14 +5,13 @@ So nothing of a sweep goes on computing, and writing into its files, when the sw
 on one core while another is free, and every such meeting looks like a bubble of the pipeline.
 """
 
-import contextlib
-import ctypes
 import os
 import signal
 import sys
 
+from seq1f1b.processes import end_with_parent
+
 PARENT_VARIABLE = "SEQ1F1B_SWEEP_PROCESS"
-_PR_SET_PDEATHSIG = 1
 
 
 def own_cores(cores: list[int], local_rank: int, num_local_ranks: int) -> list[int]:
@@ -21,14 +20,6 @@ def own_cores(cores: list[int], local_rank: int, num_local_ranks: int) -> list[i
         return cores
     first, stop = (len(cores) * rank // num_local_ranks for rank in (local_rank, local_rank + 1))
     return cores[first:stop]
-
-
-def end_with_parent(number: signal.Signals, parent: int | None) -> None:
-    """Ask the kernel for a signal when the parent dies; ends at once if it is dead already."""
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if parent not in (None, os.getppid()):
-        sys.exit(128 + number)
 
 
 def main() -> None:
@@ -47,7 +38,7 @@ def main() -> None:
             os.sched_setaffinity(0, cores)
     # torchrun ends its workers in good order; the rest of these has nothing to clean up
     parent = None if is_worker else int(os.environ[PARENT_VARIABLE])
-    end_with_parent(signal.SIGKILL if is_worker else signal.SIGTERM, parent)
+    end_with_parent(parent, signal.SIGKILL if is_worker else signal.SIGTERM)
     os.execvp(words[0], words)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from seq1f1b.processes import end_with_parent
 from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
-from tests.workers import end_with_parent
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -40,7 +40,7 @@ class Job:
             env={**os.environ, MARK: self.mark},
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+            preexec_fn=lambda: end_with_parent(number=signal.SIGTERM),
         )
 
     @property

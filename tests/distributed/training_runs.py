@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.workers import end_with_parent
+from seq1f1b.processes import end_with_parent
 
 SCRIPTS = Path(__file__).parent / "scripts"
 ARGUMENTS = shlex.split(
@@ -29,7 +29,7 @@ def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[
         timeout=300,
         check=False,
         cwd=SCRIPTS,
-        preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # which torchrun passes on
+        preexec_fn=lambda: end_with_parent(number=signal.SIGTERM),  # which torchrun passes on
     )
 
 

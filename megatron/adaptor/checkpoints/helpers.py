@@ -5,10 +5,8 @@ rank itself notes it and saves, for which it needs its helpers.
 """
 
 import argparse
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, resource_tracker
@@ -17,9 +15,9 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 from megatron.adaptor.patches import Patch
+from seq1f1b.processes import end_with_parent
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
-_PR_SET_PDEATHSIG = 1
 # Python sends daemons SIGTERM at exit, and waits until they have ended.
 _BEFORE_DAEMONS = 100
 
@@ -92,15 +90,6 @@ def end_daemons() -> None:
     for process in active_children():
         if process.daemon:
             process.kill()
-
-
-def end_with_parent(parent: int) -> None:
-    """Let Linux kill this process when ``parent``, which started it, ends in whatever way."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended before it was watched
-        os._exit(1)
 
 
 @contextmanager
