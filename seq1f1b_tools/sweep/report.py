@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +37,7 @@ class Result:
             return None
         return speedup(self.summary.steps, self.baseline.steps)
 
-    @property
+    @cached_property
     def factors(self) -> Factors | None:
         """What the speedup is made of."""
         if self.summary is None or self.baseline is None or self.speedup is None:

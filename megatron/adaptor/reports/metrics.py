@@ -67,7 +67,6 @@ class StageFigures(NamedTuple):
     busy_seconds: float
     peak_activation_bytes: int
     kv_carry_bytes: int
-    action_seconds: dict[str, float]
     traffic: Traffic | None = None
 
 
@@ -137,13 +136,11 @@ class StepMeter:
             result = run(clock)
         self.timed, length = clock.finish()
         busy = sum(entry.end - entry.start for entry in self.timed)
-        (seconds,) = Costs.measured([self.timed]).named()
         self.last = StageFigures(
             length,
             busy,
             self._activations.peak_bytes,
             carries.peak_bytes,
-            seconds,
             slots.traffic if slots is not None else None,
         )
         return result
@@ -207,8 +204,10 @@ class StepMeter:
         if self.last is None:
             return None
         group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(stages, self.last, group=group)
+        own = self.last, *Costs.measured([self.timed]).named()
+        gathered: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(gathered, own, group=group)
+        stages, actions = zip(*gathered, strict=True)
         loss = self._losses.get("lm loss")
         traffic = [stage.traffic for stage in stages if stage.traffic is not None]
         return IterationMetrics(
@@ -222,8 +221,8 @@ class StepMeter:
             kv_carry_bytes=[stage.kv_carry_bytes for stage in stages],
             bubble_ratio=bubble_ratios(stages),
             action_milliseconds=[
-                {name: round(seconds * 1000, 3) for name, seconds in stage.action_seconds.items()}
-                for stage in stages
+                {name: round(seconds * 1000, 3) for name, seconds in of_stage.items()}
+                for of_stage in actions
             ],
             chunk_loads=[entry.loads for entry in traffic] or None,
             transferred_bytes=[entry.num_bytes for entry in traffic] or None,
