@@ -1,9 +1,17 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and folders that need not be there yet."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+
+def existing_folder(path: Path) -> Path:
+    """Return ``path``, or the nearest of its parents that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron.adaptor.checkpoints.loading import FinishedError
 from megatron.adaptor.patches import Patch
+from megatron.adaptor.reports.console import print_first
 from seq1f1b.errors import Seq1F1BError
 from seq1f1b.runtime import LinkError
 
@@ -116,12 +117,10 @@ class Ranks:
 
 def _unless_finished(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function``; a job with nothing left to train says so and ends well."""
-    from megatron.training import print_rank_0
-
     try:
         return function(*args, **kwargs)
     except FinishedError as finished:
-        print_rank_0(str(finished))
+        print_first(str(finished))
         return None
 
 

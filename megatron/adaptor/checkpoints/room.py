@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.adaptor.checkpoints.loading import CheckpointError
 from megatron.adaptor.command_line.refusals import refuse
 from megatron.adaptor.patches import Patch
+from seq1f1b.files import existing_folder
 
 _TRAINING = "megatron.training.training"
 _FULL = {
@@ -41,7 +42,7 @@ class Room:
         return [
             Patch(f"{_TRAINING}:setup_model_and_optimizer", self.setup_model_and_optimizer),
             Patch("megatron.training.checkpointing:save_checkpoint", self.save),
-            Patch("megatron.training.async_utils:maybe_finalize_async_save", self.finish_save),
+            Patch("megatron.training.async_utils:maybe_finalize_async_save", self.save),
         ]
 
     def setup_model_and_optimizer(
@@ -63,16 +64,9 @@ class Room:
         return result
 
     def save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Say that the disk is full where that is why a checkpoint was not saved."""
-        return self._explained(original, *args, **kwargs)
-
-    def finish_save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Say that the disk is full where that is why a checkpoint was not saved meanwhile."""
-        return self._explained(original, *args, **kwargs)
-
-    def _explained(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Report a full disk where that is why a checkpoint was not saved."""
         try:
-            return function(*args, **kwargs)
+            return original(*args, **kwargs)
         except (Exception, CheckpointException) as error:
             found = self._arguments()
             if found is None or found.save is None:
@@ -120,7 +114,7 @@ def why_full(folder: Path, error: BaseException) -> str | None:
             return _FULL[seen.errno]
         seen = seen.__cause__ or seen.__context__
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)) as probe:
+        with tempfile.TemporaryFile(dir=existing_folder(folder)) as probe:
             probe.write(bytes(_PROBE_BYTES))
             probe.flush()
             os.fsync(probe.fileno())
@@ -143,11 +137,4 @@ def _kept(folder: Path) -> str:
 
 
 def _free(folder: Path) -> int:
-    return shutil.disk_usage(_existing(folder)).free
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    return shutil.disk_usage(existing_folder(folder)).free

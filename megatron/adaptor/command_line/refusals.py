@@ -15,6 +15,7 @@ from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION
 from megatron.adaptor.command_line.settings import Settings, length_multiple, settings_of
 from megatron.adaptor.cpu import device
 from seq1f1b.attention.kernels import is_available
+from seq1f1b.files import existing_folder
 from seq1f1b.schedule import ScheduleError
 from seq1f1b.sequence import PartitionError
 
@@ -203,9 +204,7 @@ def _cannot_write(file: Path) -> str | None:
 
 def _cannot_fill(folder: Path) -> str | None:
     """Return why nothing could be put into ``folder``, which need not be there yet."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_folder(folder)
     if not folder.is_dir():
         return f"{folder} is not a folder"
     return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission in {folder}"
@@ -298,7 +297,7 @@ def _takes_turns(arguments: Arguments) -> bool:
 
 
 def _traces_interleaved_loop(arguments: Arguments) -> bool:
-    has_chunks = (arguments.args.virtual_pipeline_model_parallel_size or 1) > 1
+    has_chunks = _num_chunks(arguments) > 1
     settings = arguments.settings
     return settings.trace_file is not None and not settings.runs_executor and has_chunks
 
@@ -493,7 +492,7 @@ TABLE: tuple[Refusal, ...] = (
     Refusal(
         "--microbatch-group-size-per-virtual-pipeline-stage",
         lambda a: (
-            (a.args.virtual_pipeline_model_parallel_size or 1) > 1
+            _num_chunks(a) > 1
             and a.settings.splits_backwards
             and (a.args.microbatch_group_size_per_vp_stage or a.args.pipeline_model_parallel_size)
             != a.args.pipeline_model_parallel_size

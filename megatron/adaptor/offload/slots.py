@@ -123,11 +123,10 @@ class ChunkSlots:
     def free(self, action: Action) -> None:
         """Point the chunk's parameters home, to where FREE_B has taken its gradients first."""
         chunk = action.chunk
-        for buffer, place in self._places(chunk):
-            if action.kind is Kind.FREE_B:
+        if action.kind is Kind.FREE_B:
+            for buffer, place in self._places(chunk):
                 buffer.grad_data.copy_(place.gradients)
                 self.traffic.gradients_out += buffer.grad_data.nbytes
-        if action.kind is Kind.FREE_B:
             self._partial.add(chunk)
         self._leave(chunk)
 
@@ -137,8 +136,8 @@ class ChunkSlots:
             self._leave(chunk)
 
     def _leave(self, chunk: int) -> None:
-        for _, place in self._places(chunk):
-            if self._poison:
+        if self._poison:
+            for _, place in self._places(chunk):
                 place.weights.fill_(math.nan)
                 place.gradients.fill_(math.nan)
         for parameter, (weights, gradients) in self._homes[chunk].items():

@@ -186,9 +186,7 @@ class Loop:
         if not settings.offload_chunks:
             return None
         chunks = arguments.chunks
-        if self._slots is None or any(
-            one is not other for one, other in zip(self._slots_of, chunks, strict=True)
-        ):
+        if self._slots is None or self._slots_of != chunks:
             self._slots = ChunkSlots(chunks, settings.offload_chunks, poison=settings.poison)
             self._slots_of = chunks
         return self._slots
