@@ -7,31 +7,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.options import Json, flag_error
+from seq1f1b.cli.ulysses.options import Model, RemoteCode
 
 if TYPE_CHECKING:
     from seq1f1b.ulysses.check import Comparison
 
 _REFUSED, _INEXACT = 2, 1
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL_OR_CONFIG",
-        help="A folder with config.json, that file, a name on the hub, or a model type such as "
-        "qwen3_next. Weights are not read.",
-    ),
-]
 Sp = Annotated[int, typer.Option("--sp", min=1, help="Ranks that share a sequence.")]
 Layouts = Annotated[
     str, typer.Option("--layouts", help="Layouts to check, separated by commas. [default: all]")
 ]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of a row.")]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
 
 
 def check(
@@ -41,7 +30,7 @@ def check(
     rows: Rows = 2,
     tokens: Tokens = 48,
     remote_code: RemoteCode = False,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Prove that a model trains alike on one process and on a group of ranks.
 

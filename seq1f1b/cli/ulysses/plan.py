@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.options import Json, flag_error
+from seq1f1b.cli.ulysses.options import Model, RemoteCode
 
 if TYPE_CHECKING:
     from seq1f1b.ulysses.account import Term
@@ -15,16 +16,8 @@ if TYPE_CHECKING:
 _TOO_LARGE = 1
 _GIB = 2**30
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL_OR_CONFIG",
-        help="A folder with config.json, that file, a name on the hub, or a model type such as "
-        "llama, with its defaults. Weights are not read.",
-    ),
-]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a row.")]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")]
 Sp = Annotated[
     int | None, typer.Option("--sp", min=1, help="GPUs that share a row. [default: all]")
 ]
@@ -54,10 +47,6 @@ Subsequences = Annotated[
 CpuOffload = Annotated[
     bool, typer.Option("--cpu-offload", help="Keep weights, gradients and optimizer on the host.")
 ]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 
 
 def plan(
@@ -75,7 +64,7 @@ def plan(
     subsequences: Subsequences = 1,
     cpu_offload: CpuOffload = False,
     remote_code: RemoteCode = False,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Print what a training step needs on each GPU, and what to switch on if it does not fit.
 
