@@ -3,8 +3,8 @@
     python benchmarks/layer.py --hidden-size 4096 --heads 32 --lengths 8192 32768 --dtype bfloat16
 
 The layer of a middle stage under our executor, alone on the device, all cuts in turn; of each the
-fastest run counts. Memory is what stays allocated after the forwards of one micro-batch, with the
-KV carry and the gradients of keys and values in it.
+fastest run counts. Memory is what is allocated after the forwards of one micro-batch, including the
+KV carry and the gradients of keys and values.
 """
 
 # ruff: noqa: E402

@@ -116,7 +116,7 @@ class Ranks:
 
 
 def _unless_finished(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``function``; a job with nothing left to train says so and ends well."""
+    """Call ``function``; a job with nothing left to train prints why and succeeds."""
     try:
         return function(*args, **kwargs)
     except FinishedError as finished:

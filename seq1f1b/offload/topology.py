@@ -42,7 +42,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise TopologyError("there is no GPU in it")
+            raise TopologyError("it lists no GPU")
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""What ``enable`` accepts, whom it reaches, and what is said when it reaches nobody."""
+"""Which arguments and modules ``enable`` accepts, and the errors when no step runs under it."""
 
 import subprocess
 import sys

@@ -57,7 +57,7 @@ def share_device() -> None:
         if not isinstance(timeout, datetime.timedelta) or any(rest.values()):
             create(group, store, rank, size, timeout, **rest)
             return
-        # Newer versions of torch name what is left out too; options take none of it.
+        # Newer versions of torch pass omitted keywords as well; options accept none of them.
         options = gloo._Options()
         options._devices, options._timeout = devices, timeout
         create(group, store, rank, size, options)
