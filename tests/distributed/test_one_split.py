@@ -1,7 +1,6 @@
 """One split is Megatron's own loop: bit for bit, if its attention is left alone as well."""
 
 import json
-import os
 import shlex
 
 import pytest
@@ -27,26 +26,24 @@ _LOCAL = shlex.split(
 )
 
 
-def records(monkeypatch, flags, *others, device_only=False):
-    monkeypatch.setitem(os.environ, "DEVICE_ONLY", "1" if device_only else "")
+def records(monkeypatch, folder, flags, *others, device_only=False):
+    monkeypatch.setenv("DEVICE_ONLY", "1" if device_only else "")
+    monkeypatch.setenv("RECORDS", str(folder))
+    files = [folder / f"rank_{rank}.json" for rank in range(2)]
+    for file in files:
+        file.unlink(missing_ok=True)
     run = torchrun(2, SCRIPTS / "recorded_gpt.py", *ARGUMENTS, *_LOCAL, *flags, *others)
     assert run.returncode == 0, run.stderr[-4000:]
-    found = [
-        json.loads(line.partition("RECORD")[2])
-        for line in run.stdout.splitlines()
-        if "RECORD" in line
-    ]
-    assert len(found) == 2
-    return sorted(found, key=lambda record: record["rank"])
+    return [json.loads(file.read_text()) for file in files]
 
 
 @pytest.mark.parametrize("name", mostly_long(MODELS, default=["GPT"]))
-def test_one_split_is_megatrons_own(monkeypatch, name):
+def test_one_split_is_megatrons_own(monkeypatch, tmp_path, name):
     flags = shlex.split(MODELS[name])
-    alone = records(monkeypatch, flags, device_only=True)
+    alone = records(monkeypatch, tmp_path, flags, device_only=True)
     assert [len(record["norms"]) for record in alone] == [5, 5]
-    assert alone == records(monkeypatch, flags, "--seq1f1b-attention", "megatron")
-    ours = records(monkeypatch, flags)
+    assert alone == records(monkeypatch, tmp_path, flags, "--seq1f1b-attention", "megatron")
+    ours = records(monkeypatch, tmp_path, flags)
     assert ours[1]["losses"] == [
         {key: pytest.approx(value, rel=1e-6) for key, value in losses.items()}
         for losses in alone[1]["losses"]

@@ -1,6 +1,7 @@
-"""``plain_gpt.py`` that prints losses, gradient norms and a digest of its weights at the end.
+"""``plain_gpt.py`` that stores losses, gradient norms and a digest of its weights at the end.
 
-With DEVICE_ONLY in the environment, Megatron runs on the CPU without anything of Seq1F1B.
+The environment names the folder, RECORDS, in which each rank writes its file. With DEVICE_ONLY
+there, Megatron runs on the CPU without anything of Seq1F1B.
 """
 
 import hashlib
@@ -68,4 +69,4 @@ if __name__ == "__main__":
             digest.update(name.encode())
             digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
     RECORD["weights"] = digest.hexdigest()
-    print("RECORD" + json.dumps({"rank": int(os.environ["RANK"]), **RECORD}), flush=True)
+    (Path(os.environ["RECORDS"]) / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(RECORD))
