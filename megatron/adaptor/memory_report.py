@@ -7,8 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-_MIB_IN_GIB = 1024
-_BYTES_IN_MIB = 1 << 20
+_GIB = 1 << 30
 
 
 def report(options: Sequence[str], num_gpus: int) -> dict[str, float]:
@@ -47,21 +46,22 @@ def report(options: Sequence[str], num_gpus: int) -> dict[str, float]:
 
 def _estimate() -> dict[str, float]:
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+    from megatron.training import theoretical_memory_usage as usage
     from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.theoretical_memory_usage import (
-        compute_activation_memory,
-        report_theoretical_memory,
-    )
 
     args = parse_args()
     validate_args(args)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args)
     num_micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    weights, activations, total = report_theoretical_memory(args, num_micro_batches)
-    estimate = {"weights": weights, "activations": activations, "total": total}
+    weights = usage.compute_weight_and_optimizer_memory(args)
+    # as report_theoretical_memory chooses, whose line under sub-sequences is another one
+    if args.sequence_parallel and args.recompute_granularity == "selective":
+        activations = usage.compute_activation_memory(args, num_micro_batches)
+    else:
+        activations = usage.compute_activation_memory_without_sp(args, num_micro_batches)
+    estimate = {"weights": weights, "activations": activations, "total": weights + activations}
     if args.sequence_parallel:
-        # its log line has this formula with selective recomputation only
-        shared = compute_activation_memory(args, num_micro_batches) / _BYTES_IN_MIB
+        shared = usage.compute_activation_memory(args, num_micro_batches)
         estimate["total_with_sequence_parallel"] = weights + shared
-    return {name: mib / _MIB_IN_GIB for name, mib in estimate.items()}
+    return {name: number / _GIB for name, number in estimate.items()}
