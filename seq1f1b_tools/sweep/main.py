@@ -9,6 +9,7 @@ from rich.console import Console
 
 from seq1f1b_tools.sweep.corpus import CorpusError
 from seq1f1b_tools.sweep.nodes import Nodes, NodesError
+from seq1f1b_tools.sweep.preview import preview
 from seq1f1b_tools.sweep.records import OutputError
 from seq1f1b_tools.sweep.report import print_table, write_csv
 from seq1f1b_tools.sweep.settings import SettingsError, read_settings
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], num_gpus: int | N
     except SettingsError as error:
         print(f"exp.sh: these settings cannot work:\n{_indented(str(error))}", file=sys.stderr)
         return 2
+    if settings.dry_run:
+        return 0 if preview(settings, console) else 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, signal.default_int_handler)

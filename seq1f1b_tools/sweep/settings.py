@@ -14,8 +14,7 @@ from seq1f1b_tools.sweep.nodes import Cluster, slurm_variables
 ROOT = Path(__file__).resolve().parents[2]
 _CPU_STAGES = 2
 _AUTHORS_STAGES = 8
-_CPU_ITERATIONS = 20
-_CPU_ITERATIONS_OF_LONG_STEPS = 12  # from 3 micro-batches on, so that all ends in minutes
+_CPU_ITERATIONS = 12  # so that all ends in minutes
 _GPU_ITERATIONS = 20
 _MOST_DIGITS = 9
 _MOST_SHOWN = 200
@@ -135,7 +134,7 @@ VARIABLES = (
     Variable(
         "TRAIN_ITERS",
         _list_of(_whole),
-        "20; 12 from m=3",
+        "12",
         "20",
         "steps of a run: one number, or one for each of MICRO_BATCHES",
         computed=True,
@@ -159,6 +158,7 @@ VARIABLES = (
     Variable("EXTRA_ARGS", _words, "", "", "flags added to every run, Megatron's or ours"),
     Variable("RUN_TIMEOUT", _number, "3600", "3600", "seconds after which a run is ended"),
     Variable("RETRY_FAILED", _switch, "0", "0", "1: repeat runs that have failed before"),
+    Variable("DRY_RUN", _switch, "0", "0", "1: list the runs and their commands, and start none"),
     Variable("NNODES", _whole, "1", "1", "nodes; the same command runs on each"),
     Variable("NODE_RANK", _from_zero, "0", "0", "number of this node"),
     Variable("MASTER_ADDR", str, "", "", "address of node 0"),
@@ -224,19 +224,15 @@ class Settings:
     run_timeout: float
     retry_failed: bool
     cluster: Cluster
+    dry_run: bool = False
 
     def iterations(self, num_micro_batches: int) -> int:
-        """Return how many iterations a run with ``num_micro_batches`` a step takes.
-
-        The default on a CPU is fewer where a step is longer, so that no run takes much longer.
-        """
+        """Return how many iterations a run with ``num_micro_batches`` a step takes."""
         if len(self.train_iters) > 1:
             return self.train_iters[self.micro_batches.index(num_micro_batches)]
         if self.train_iters:
             return self.train_iters[0]
-        if self.has_gpu:
-            return _GPU_ITERATIONS
-        return _CPU_ITERATIONS if num_micro_batches < 3 else _CPU_ITERATIONS_OF_LONG_STEPS
+        return _GPU_ITERATIONS if self.has_gpu else _CPU_ITERATIONS
 
 
 def read_settings(environ: Mapping[str, str], num_gpus: int) -> Settings:
@@ -290,7 +286,7 @@ def _contradictions(values: Mapping[str, Any], num_gpus: int) -> Iterator[str]:
             f"TRAIN_ITERS={' '.join(map(str, iterations))}: give one number, or "
             f"{len(micro_batches)} of them, one for each of MICRO_BATCHES"
         )
-    fewest = min(iterations, default=_GPU_ITERATIONS if num_gpus else _CPU_ITERATIONS_OF_LONG_STEPS)
+    fewest = min(iterations, default=_GPU_ITERATIONS if num_gpus else _CPU_ITERATIONS)
     if values.get("WARMUP_ITERS", 0) >= fewest:
         yield (
             f"WARMUP_ITERS={values['WARMUP_ITERS']}: must be below TRAIN_ITERS ({fewest}), or "

@@ -17,6 +17,7 @@ from seq1f1b_tools.sweep.settings import (
     help_text,
     read_settings,
 )
+from tests.seq1f1b_tools.sweep.bench import AVERAGE, BASELINE, UNIFORM
 
 
 def faults(environ: dict[str, str], num_gpus: int = 0) -> str:
@@ -60,6 +61,24 @@ def test_bad_values_are_named(name, value, message):
     text = faults({name: value})
     assert text.startswith(f"{name}={value:.99}") or name == "TRAIN_ITERS"
     assert message in text
+
+
+def test_a_dry_run_lists_runs_and_commands_and_starts_none(bench, capsys):
+    environ = bench.environ(DRY_RUN="1", SPLITS="1 4 65", EXTRA_ARGS="--swiglu")
+    assert main([], environ, num_gpus=0) == 0
+    listed = capsys.readouterr().out.splitlines()
+    names = [line.partition(":")[0] for line in listed if not line.startswith(" ")]
+    assert names[:3] == [BASELINE, AVERAGE, UNIFORM]
+    assert "4 iterations, bubble 11.1%, 1.33x of 1F1B in theory" in listed[4]
+    commands = [line.split() for line in listed if line.startswith(" ")]
+    assert len(commands) == 3  # 65 sub-sequences of 64 tokens cannot be
+    assert sum("skipped, " in line for line in listed) == 2
+    for command, splits in zip(commands, ("1", "4", "4"), strict=True):
+        assert command[command.index("--seq1f1b-splits") + 1] == splits
+        assert command[-1] == "--swiglu"
+        assert ROOT / "pretrain_gpt.py" in map(Path, command)
+    assert not bench.output.exists()
+    assert main([], bench.environ(DRY_RUN="1", SPLITS="65"), num_gpus=0) == 2
 
 
 def test_all_bad_values_are_listed_at_once_before_anything_runs(bench, capsys):
