@@ -1,8 +1,8 @@
 """``python tests/try_wheel.py PYTHON...``: the wheel, with the newest packages that it allows.
 
 For each Python it makes an environment of its own, installs the wheel there, leaves this checkout
-and runs the commands and a training on two ranks. It downloads some GB, so CI does the same with
-the packages that it has: tests/test_packaging.py.
+and runs the commands, a training on two ranks and the tests that need no files. It downloads some
+GB, so CI does the same with the packages that it has: tests/test_packaging.py.
 """
 
 import os
@@ -16,6 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "distributed" / "scripts" / "plain_gpt.py"
 SHAPE = ("--stages", "4", "--microbatches", "8", "--splits", "4")
+AREAS = ("attention", "runtime", "schedule", "sequence", "simulate")
+"""Folders of tests that need nothing of the checkout but themselves."""
+TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis")
 NAMES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "huggingface-hub")
 TRAINING = shlex.split(
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
@@ -55,6 +58,7 @@ def try_environment(environment: Path, folder: Path) -> dict[str, str]:
     Raises RuntimeError with the output of one that fails, or that does not say what it should.
     """
     python = str(environment / "bin" / "python")
+    tests = _tests(folder)
     script = shutil.copy(SCRIPT, folder)
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     commands = {
@@ -66,6 +70,7 @@ def try_environment(environment: Path, folder: Path) -> dict[str, str]:
             [python, *ranks, "-m", "megatron.adaptor", script, *TRAINING, "--save", "checkpoint"],
             "validation loss",
         ),
+        "tests": ([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], " passed"),
     }
     hidden = ("PYTHONPATH", "VIRTUAL_ENV")
     environ = {key: value for key, value in os.environ.items() if key not in hidden}
@@ -88,6 +93,21 @@ def try_environment(environment: Path, folder: Path) -> dict[str, str]:
     return printed
 
 
+def _tests(folder: Path) -> list[str]:
+    """Copy the tests that need no other files into ``folder``; returns what pytest is given."""
+    (folder / "tests").mkdir()
+    for name in ("conftest.py", "workers.py", "tiny_model.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
+    for area in AREAS:
+        shutil.copytree(
+            ROOT / "tests" / area,
+            folder / "tests" / area,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    return [f"tests/{area}" for area in AREAS]
+
+
 def main() -> None:
     """Try the wheel under each Python that the command line names."""
     with tempfile.TemporaryDirectory() as name:
@@ -98,7 +118,9 @@ def main() -> None:
             folder.mkdir()
             subprocess.run([python, "-m", "venv", str(environment)], check=True)
             pip = [str(environment / "bin" / "python"), "-m", "pip"]
-            subprocess.run([*pip, "install", "-q", "--no-input", str(wheel)], check=True)
+            subprocess.run(
+                [*pip, "install", "-q", "--no-input", str(wheel), *TEST_PACKAGES], check=True
+            )
             listed = subprocess.run(
                 [*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True
             ).stdout.split()
