@@ -4,7 +4,7 @@
 #
 #     python=$(bash tools/setup_env.sh) || exit 1
 #
-# Does nothing when the environment already matches requirements.txt and pyproject.toml.
+# Does nothing when the environment already matches requirements.txt, its lock and pyproject.toml.
 # Settings, all optional:
 #     PYTHON                 the interpreter to build the environment with
 #     SEQ1F1B_VENV           where the environment goes (default: .venv beside this folder)
@@ -166,8 +166,9 @@ wanted_stamp() {
 import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256((sys.version + sys.argv[3]).encode())
-for name in ("requirements.txt", "pyproject.toml", "setup.py"):
-    digest.update((root / name).read_bytes())
+for name in ("requirements.txt", "requirements.lock", "pyproject.toml", "setup.py"):
+    if (root / name).exists():
+        digest.update((root / name).read_bytes())
 print(root, sys.argv[2])
 print(digest.hexdigest())' "$root" "$venv" "$mode" 2>/dev/null </dev/null
 }
@@ -240,6 +241,9 @@ explain_failure() {
   elif ended_with 'No matching distribution|No solution found'; then
     reason="the package index has no file for this machine of a version in requirements.txt"
     advice="Needed: Linux on x86-64 or ARM, Python $versions, an index with the pinned versions."
+  elif ended_with 'DO NOT MATCH THE HASHES|Hash mismatch'; then
+    reason="the package index has another file than the one that requirements.lock names"
+    advice="Use another index (PIP_INDEX_URL), or remove requirements.lock to trust this one."
   else
     reason="installing failed"
     advice="The last lines of the log say why."
@@ -249,10 +253,23 @@ explain_failure() {
   die "$reason" "$advice" "Then run the same command again."
 }
 
+# The lock, which has every package with its hashes, unless the pins have changed since it was made.
+choose_pins() {
+  local changed
+  pins=$root/requirements.txt
+  [[ -f $root/requirements.lock ]] || return 0
+  changed=$(grep '==' "$pins" | grep -vxFf <(sed 's/[ ;].*//' "$root/requirements.lock"))
+  if [[ -z $changed ]]; then
+    pins=$root/requirements.lock
+  else
+    say "requirements.lock lacks ${changed//$'\n'/, }: installing without hashes"
+  fi
+}
+
 install_with_uv() {
   command -v uv >/dev/null &&
     phase "installing the pinned packages with uv (about 3 GB the first time)" \
-      uv pip install --python "$venv_python" -r "$root/requirements.txt" &&
+      uv pip install --python "$venv_python" -r "$pins" &&
     phase "installing the project" \
       uv pip install --python "$venv_python" --no-deps --no-build-isolation -e "$root"
 }
@@ -262,7 +279,7 @@ install_with_pip() {
   "$venv_python" -m pip --version >>"$log" 2>&1 ||
     "$venv_python" -m ensurepip >>"$log" 2>&1 || return
   phase "installing the pinned packages with pip (about 3 GB the first time)" \
-    "$venv_python" -m pip install -r "$root/requirements.txt" &&
+    "$venv_python" -m pip install -r "$pins" &&
     phase "installing the project" \
       "$venv_python" -m pip install --no-deps --no-build-isolation -e "$root"
 }
@@ -290,6 +307,7 @@ make_venv() {
 
 # uv knows nothing of pip's settings: where only those name the index, pip still gets through.
 install_packages() {
+  choose_pins
   install_with_uv || { ! disk_full && install_with_pip; }
 }
 

@@ -50,6 +50,18 @@ def test_changed_pins_are_brought_in_without_starting_afresh(machine: Machine) -
     assert machine.ready() == ""
 
 
+def test_the_lock_is_installed_until_the_pins_change(machine: Machine) -> None:
+    lock = machine.clone / "requirements.lock"
+    lock.write_text("torch==2.11.0 ; sys_platform == 'linux' \\\n    --hash=sha256:0\n")
+    machine.python("python3.12")
+    machine.ready()
+    log = machine.venv / "seq1f1b-install.log"
+    assert f"pip install -r {machine.clone}/requirements.lock" in log.read_text()
+    (machine.clone / "requirements.txt").write_text("torch==2.11.0\nnumpy==2.5.5\n")
+    assert "requirements.lock lacks numpy==2.5.5: installing without hashes" in machine.ready()
+    assert f"pip install -r {machine.clone}/requirements.txt" in log.read_text()
+
+
 @pytest.mark.parametrize("damage", ["python missing", "clone moved"])
 def test_environment_that_cannot_work_is_made_anew(machine: Machine, damage: str) -> None:
     machine.python("python3.12")
