@@ -42,6 +42,13 @@ _BACKWARD_TRAFFIC = Figure(
 )
 
 
+_HOST_MEMORY = Figure(
+    value=300,
+    kind="assumed",
+    source="memory bandwidth that all cores of a server reach together",
+)
+
+
 class Gpu(Described):
     """A device and its node.
 
@@ -62,6 +69,7 @@ class Gpu(Described):
     host_us: Figure
     action_us: Figure
     backward_traffic: Figure = _BACKWARD_TRAFFIC
+    host_memory_gb_s: Figure = _HOST_MEMORY
     gpus_per_node: int
     curves: str | Curves
     curve_scale: float = 1.0

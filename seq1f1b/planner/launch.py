@@ -29,7 +29,7 @@ def flags(setting: Setting) -> list[str]:
     return write_options({name: value for name, value in values.items() if name not in _THEIRS})
 
 
-def wrapped(words: Sequence[str], indent: str = "  ") -> str:
+def wrapped(words: Sequence[str], indent: str = "  ", width: int = _WIDTH) -> str:
     """Return words of a command line over several lines, each quoted where the shell needs it."""
     quoted = [shlex.quote(word) for word in words]
     groups: list[str] = []
@@ -40,7 +40,7 @@ def wrapped(words: Sequence[str], indent: str = "  ") -> str:
             groups[-1] += f" {word}"
     lines = [""]
     for group in groups:
-        if lines[-1] and len(lines[-1]) + len(group) + len(indent) > _WIDTH - 2:
+        if lines[-1] and len(lines[-1]) + len(group) + len(indent) > width - 2:
             lines.append("")
         lines[-1] += f" {group}" if lines[-1] else group
     return " \\\n".join(f"{indent}{line}" for line in lines)

@@ -21,12 +21,14 @@ class Recompute:
     """What a backward computes anew.
 
     granularity: None, full or selective. num_layers: of a group (uniform) or of a chunk (block).
+    loss: whether the output layer and the loss are, which no option of a training run asks for.
     """
 
     granularity: str | None = None
     method: str | None = None
     num_layers: int = 1
     modules: frozenset[str] = frozenset()
+    loss: bool = False
 
     def is_full(self, layer: int) -> bool:
         """Whether the chunk's layer of this number is computed anew as a whole."""

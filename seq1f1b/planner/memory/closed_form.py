@@ -40,8 +40,15 @@ def estimate_peak(setting: Setting, runtime: Runtime) -> float:
 
 def _stage(setting: Setting, runtime: Runtime, stage: int) -> float:
     static = sum(static_sizes(setting, stage))
+    return static + moving_bytes(setting, runtime, stage, _live_tokens(setting, stage))
+
+
+def moving_bytes(setting: Setting, runtime: Runtime, stage: int, live: float) -> float:
+    """Return bytes reserved by a stage for what is not there all the time.
+
+    live: tokens that it holds on one chunk, on average over its chunks.
+    """
     chunks, num_chunks = setting.chunks[stage], setting.num_chunks
-    live = _live_tokens(setting, stage)
     layers = [experts for chunk in chunks for experts in chunk.layers]
     per_token = {kind: _kept_per_token(setting, runtime, kind) for kind in set(layers)}
     kept = live * sum(per_token[experts] for experts in layers)
@@ -59,9 +66,10 @@ def _stage(setting: Setting, runtime: Runtime, stage: int) -> float:
         passing += 2 * largest.full * len(layers) / num_chunks
     if any(chunk.head for chunk in chunks):
         passing += largest.logits + largest.loss_logits
-        kept += (setting.num_splits - 1) * largest.loss_logits
+        if not setting.recompute.loss:
+            kept += (setting.num_splits - 1) * largest.loss_logits
     moving = kept + carried + passing
-    return static + moving * (_UNEQUAL_PARTS if setting.num_splits > 1 else 1.0)
+    return moving * (_UNEQUAL_PARTS if setting.num_splits > 1 else 1.0)
 
 
 def _live_tokens(setting: Setting, stage: int) -> float:

@@ -37,12 +37,15 @@ def trace_stage(
     actions: Sequence[Action],
     *,
     num_steps: int = 2,
+    static: Sequence[float] | None = None,
 ) -> StageMemory:
     """Follow the tensors of ``actions``, the stage's part of a schedule, through ``num_steps``.
 
-    The second step starts with the segments of the first.
+    The second step starts with the segments of the first. static: bytes of each tensor that is
+    there all the time; parameters, gradients and optimizer states unless given.
     """
-    run = _StageTrace(setting, runtime, stage)
+    sizes = static_sizes(setting, stage) if static is None else static
+    run = _StageTrace(setting, runtime, stage, sizes)
     for _ in range(num_steps):
         for action in actions:
             run.run(action)
@@ -71,14 +74,15 @@ class _Forward:
 class _StageTrace:
     """The tensors of one stage."""
 
-    def __init__(self, setting: Setting, runtime: Runtime, stage: int) -> None:
+    def __init__(
+        self, setting: Setting, runtime: Runtime, stage: int, static: Sequence[float]
+    ) -> None:
         self.setting, self.chunks = setting, setting.chunks[stage]
         self.tape = Tape(runtime)
         self.layer = Layer(setting, self.tape)
         self.parts = [Sizes(setting, setting.tokens(part)) for part in range(setting.num_splits)]
-        sizes = static_sizes(setting, stage)
-        self.static = sum(sizes)
-        for size in sizes:
+        self.static = sum(static)
+        for size in static:
             if size:
                 self.tape.new(size)
         self.live: dict[tuple[int, int, int], _Forward] = {}
@@ -171,6 +175,12 @@ class _StageTrace:
         return saved
 
     def _loss(self, saved: Saved, sizes: Sizes) -> None:
+        """Output layer and loss of a forward."""
+        self._softmax(saved, sizes)
+        if self.setting.recompute.loss:
+            saved.drop("softmax")
+
+    def _softmax(self, saved: Saved, sizes: Sizes) -> None:
         if sizes.shards > 1:
             self.tape.gather(sizes.full)
         logits = self.tape.new(sizes.logits)
@@ -269,6 +279,8 @@ class _StageTrace:
     def _loss_backward(self, saved: Saved, sizes: Sizes) -> Block:
         """From the softmax to the gathered gradient of the output layer's input."""
         tape = self.tape
+        if self.setting.recompute.loss:
+            self._softmax(saved, sizes)
         logits = tape.new(sizes.logits)
         saved.drop("softmax")
         inner = tape.new(sizes.full)
