@@ -12,6 +12,7 @@ from seq1f1b.cli.map_gpus import map_gpus
 from seq1f1b.cli.megatron import CONTEXT, MegatronCommand
 from seq1f1b.cli.memory import memory
 from seq1f1b.cli.plan import plan
+from seq1f1b.cli.plan_offload import plan_offload
 from seq1f1b.cli.simulate import simulate
 from seq1f1b.cli.timeline import timeline
 from seq1f1b.cli.training import copy_cfg, list_cfg, train
@@ -46,6 +47,7 @@ def _options(
 
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(plan)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(memory)
+app.command("plan-offload", cls=MegatronCommand, context_settings=CONTEXT)(plan_offload)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(simulate)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(compare)
 app.command(cls=MegatronCommand, context_settings=CONTEXT)(timeline)
