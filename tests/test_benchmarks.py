@@ -61,6 +61,22 @@ def test_layer(tmp_path):
     assert draw(tmp_path / "result.json", tmp_path / "images").stat().st_size > 1000
 
 
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_alst(tmp_path):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed; tests/run.sh --all does")
+    output = tmp_path / "result"
+    run = run_script("alst.py", "mistral, window", "--output", output)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    ours, theirs = rows["training"].values()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for layout, (loss, gradient) in rows["mistral, window"]["ours"].items():
+        assert loss < 1e-6 and gradient < 1e-5, layout
+    assert rows["mistral, window"]["alst"]["plain"][1] > 0.1  # windows are dropped
+
+
 def in_two_stages(script, *arguments):
     return torchrun(2, ROOT / "benchmarks" / script, *arguments)
 
