@@ -187,6 +187,58 @@ class Link:
         return self.tensor_bytes[sub_sequence] / self.bandwidth if self.tensor_bytes else 0.0
 
 
+@dataclass(frozen=True)
+class HostLink:
+    """What copies model chunks from host memory to the device, and their gradients back.
+
+    Both directions at the same time, each one copy at a time. weights, gradients: bytes of every
+    stage's model chunks. bandwidth: bytes per second one way. roots: for each stage the root of the
+    PCIe tree whose link it shares with the stages of the same number; without, each has its own.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    gradients: tuple[tuple[float, ...], ...]
+    bandwidth: float = math.inf
+    roots: tuple[int, ...] | None = None
+
+    @classmethod
+    def uniform(
+        cls,
+        schedule: Schedule,
+        *,
+        weights: float,
+        gradients: float,
+        bandwidth: float = math.inf,
+        roots: tuple[int, ...] | None = None,
+    ) -> "HostLink":
+        """Make all model chunks alike, of so many bytes."""
+        shape = schedule.num_stages, schedule.num_chunks
+        return cls(
+            ((weights,) * shape[1],) * shape[0],
+            ((gradients,) * shape[1],) * shape[0],
+            bandwidth,
+            roots,
+        )
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise CostError unless every model chunk and every stage of ``schedule`` is described."""
+        for name, stages in (("weights", self.weights), ("gradients", self.gradients)):
+            counts = [len(chunks) for chunks in stages]
+            if counts != [schedule.num_chunks] * schedule.num_stages:
+                raise CostError(
+                    f"{name} of {counts} model chunks by stage; the schedule has "
+                    f"{schedule.num_chunks} on each of {schedule.num_stages} stages"
+                )
+        if self.roots is not None and len(self.roots) != schedule.num_stages:
+            raise CostError(f"roots of {len(self.roots)} stages for {schedule.num_stages}")
+        if not self.bandwidth > 0.0:
+            raise CostError(f"a bandwidth of {self.bandwidth:g} bytes/s copies nothing")
+
+    def root(self, stage: int) -> int:
+        """Return the number of the link that a stage's copies take."""
+        return stage if self.roots is None else self.roots[stage]
+
+
 def _part(name: str) -> Part:
     match = _PART.fullmatch(name)
     if match is None:

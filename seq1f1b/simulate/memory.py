@@ -17,11 +17,17 @@ class Memory:
     backward is split. carry: keys and values of the whole sequence, from the first sub-sequence's
     F to the end of its B. accumulator: gradients of keys and values before the last sub-sequence,
     from that one's B to the end of the first's.
+
+    weights, gradients: of the chunk itself, for the whole step. Where chunks visit the device, its
+    slots are what they take: as many as the schedule has, each as large as the stage's largest
+    chunk, whether a chunk is in it or not.
     """
 
     activation: tuple[float, ...]
     carry: float = 0.0
     accumulator: float = 0.0
+    weights: float = 0.0
+    gradients: float = 0.0
 
     @classmethod
     def in_micro_batches(cls, schedule: Schedule) -> "Memory":
@@ -88,6 +94,8 @@ def _changes(
     num_chunks = simulation.schedule.num_chunks
     chunks = [memory] * num_chunks if isinstance(memory, Memory) else memory[stage]
     actions = simulation.schedule.stages[stage]
+    if constant := _constant(simulation.schedule, chunks):
+        yield 0.0, constant
     last = simulation.schedule.num_splits - 1
     trains = any(action.kind in (Kind.B, Kind.I) for action in actions)
     split = {action[1:] for action in actions if action.kind is Kind.W}
@@ -100,6 +108,12 @@ def _changes(
             yield start, taken
         if freed:
             yield end, -freed
+
+
+def _constant(schedule: Schedule, chunks: Sequence[Memory]) -> float:
+    """Return what a stage's weights and gradients take from the step's begin to its end."""
+    sizes = [chunk.weights + chunk.gradients for chunk in chunks]
+    return sum(sizes) if schedule.num_slots is None else schedule.num_slots * max(sizes)
 
 
 def _taken_and_freed(
