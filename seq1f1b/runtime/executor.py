@@ -51,11 +51,15 @@ class Visits(Protocol):
     """Model chunks that come to the device and leave it."""
 
     def load(self, action: Action) -> None:
-        """Bring the model chunk of ``action`` to the device, where it computes next."""
+        """Begin to bring the model chunk of ``action`` to the device."""
+        ...
+
+    def wait(self, action: Action) -> None:
+        """Return when the model chunk of a computation is on the device."""
         ...
 
     def free(self, action: Action) -> None:
-        """Give its place up; after a FREE_B its gradients are home."""
+        """Give its place up, after a FREE_B when its gradients have left it."""
         ...
 
 
@@ -112,6 +116,7 @@ class _Run:
         self.parts = parts
         self.clock = clock
         self.trains = any(action.kind in (Kind.B, Kind.I) for action in actions)
+        self.visits = visits
         self.sends = {action for action in actions if action.kind.is_send}
         self.arriving: dict[Action, Pending] = {}
         self.alive: dict[Action, tuple[Tensor | None, Tensor]] = {}
@@ -135,6 +140,7 @@ class _Run:
         if received is not None and self.trains:
             received.requires_grad_()
         part = self.part(action)
+        self.wait_for_chunk(action)
         self.clock.begin()
         with self.context.running(action, part):
             output = self.computation.forward(action, received)
@@ -147,6 +153,7 @@ class _Run:
     def backward(self, action: Action) -> None:
         gradient = self.take(action.of_kind(Kind.RECV_B))
         received, output = self.alive.pop(action.of_kind(Kind.F))
+        self.wait_for_chunk(action)
         self.clock.begin()
         with self.context.running(action, self.part(action)):
             input_gradient = self.computation.backward(action, received, output, gradient)
@@ -158,7 +165,12 @@ class _Run:
         if action.sub_sequence == 0:
             self.context.release_carry(action)
 
+    def wait_for_chunk(self, action: Action) -> None:
+        if self.visits is not None:
+            self.visits.wait(action)
+
     def weight_gradients(self, action: Action) -> None:
+        self.wait_for_chunk(action)
         self.clock.begin()
         self.computation.weight_gradients(action)
         self.clock.end(action)

@@ -133,6 +133,12 @@ CASES: list[tuple[str, dict[str, object], str]] = [
         "--offload-model-chunks cannot go with --seq1f1b-schedule greedy",
     ),
     ("--offload-prefetch", {}, "--offload-prefetch goes with --offload-model-chunks only"),
+    ("--offload-link-gb-per-s 8", {}, "--offload-link-gb-per-s goes with --offload-model-chunks"),
+    (
+        f"{_OFFLOAD} --offload-link-roots 0,0",
+        {},
+        "--offload-link-roots goes with --offload-link-gb-per-s only",
+    ),
     (f"{_OFFLOAD} --overlap-grad-reduce", {}, "--overlap-grad-reduce cannot go with"),
     (_OFFLOAD, {"overlap_param_gather": True}, "--overlap-param-gather cannot go with"),
     (f"{_OFFLOAD} --seq1f1b-verify", {}, "--seq1f1b-verify cannot go with"),

@@ -91,6 +91,16 @@ REFUSED = {
         ["--num-virtual-stages-per-pipeline-rank", "2", "--offload-model-chunks", "-1"],
         ["--offload-model-chunks -1: must be from 0"],
     ),
+    "a link that copies nothing, and roots of other stages": (
+        shlex.split(
+            "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer "
+            "--offload-model-chunks 1 --offload-link-gb-per-s 0 --offload-link-roots 0,0,1"
+        ),
+        [
+            "--offload-link-gb-per-s 0: must be above 0",
+            "--offload-link-roots 0,0,1: 3 numbers for 2 stages: give one for each stage",
+        ],
+    ),
     "turns too short for the stages": (
         shlex.split(
             "--num-virtual-stages-per-pipeline-rank 2 --seq1f1b-splits 2 --seq1f1b-turn 1 "

@@ -43,9 +43,12 @@ def train(
     steps: int = 3,
     evaluates: bool = False,
     moves: bool = False,
+    pace: float | None = None,
+    roots: tuple[int, ...] | None = None,
 ) -> Visits:
     """Run ``steps`` of AdamW on this rank's part of ``case``; slots: 0 keeps chunks resident.
 
+    pace, roots: of the link, in GB/s.
     evaluates: whether forwards without backwards run between the steps. moves: whether slots are
     swapped between a chunk's forward and backward, which must not train the same.
     """
@@ -64,6 +67,8 @@ def train(
         turn=turn,
         offload_chunks=slots,
         offload_prefetch=prefetch,
+        offload_gb_per_second=pace,
+        offload_roots=roots,
         poison=slots > 0,
     )
     case.layout.enter(case.num_chunks)

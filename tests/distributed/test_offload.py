@@ -33,9 +33,12 @@ def same(one: Visits, other: Visits) -> bool:
 
 
 ONE = {"turn": 1000}
+# a copy of a chunk takes some milliseconds, beside the computations, and both ranks share the link
+PACED = {"pace": 0.05, "roots": (0, 0)}
 CASES = [
     ("v2", V2, ONE, [{"slots": 1}, {"slots": 2}, {"slots": 1, "prefetch": True}]),
     ("v4", V4, ONE, [{"slots": k, "prefetch": k == 2} for k in (1, 2, 3)]),
+    ("paced", V4, ONE, [PACED | {"slots": 2, "prefetch": early} for early in (True, False)]),
     ("v8", V8, ONE, [{"slots": 2}, {"slots": 3, "prefetch": True}]),
     ("bf16", V4, ONE | {"bf16": True}, [{"slots": 1}, {"slots": 2, "prefetch": True}]),
     ("evaluated", cut(V4), ONE | {"evaluates": True}, [{"slots": 2, "prefetch": True}]),
@@ -75,7 +78,7 @@ def check_bytes(case: Case, resident: Visits, offloaded: Visits, slots: int, bf1
 @pytest.mark.parametrize(
     "case, turn, ways",
     [
-        (V4, 2, [{"slots": 2}, {"slots": 3, "prefetch": True}, {"slots": 1}]),
+        (V4, 2, [{"slots": 2}, PACED | {"slots": 3, "prefetch": True}, {"slots": 1}]),
         (cut(V4), 3, [{"slots": 2, "prefetch": True}, {"slots": 3}]),
     ],
     ids=["v4", "s3"],

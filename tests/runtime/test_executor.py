@@ -1,10 +1,12 @@
 """The executor on its own: errors, leaks and the clock."""
 
+import time
+
 import pytest
 import torch
 
 from seq1f1b.runtime import ActionClock, ActionError, ExecutionContext, execute
-from seq1f1b.schedule import Action, Kind, forward_only, lower, one_f_one_b
+from seq1f1b.schedule import Action, Kind, forward_only, lower, one_f_one_b, visiting
 from seq1f1b.sequence import sub_sequences
 from tests.tiny_model import ModelPart, TinyComputation, micro_batches
 
@@ -24,7 +26,25 @@ class NoLink:
         pass
 
 
-def run(schedule, *, fail_at=None, forget=None):
+class SlowVisits:
+    """A chunk takes a while to come; notes what it is asked for."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.asked = []
+
+    def load(self, action):
+        self.asked.append(str(action))
+
+    def wait(self, action):
+        self.asked.append(f"wait {action}")
+        time.sleep(self.seconds)
+
+    def free(self, action):
+        self.asked.append(str(action))
+
+
+def run(schedule, *, fail_at=None, forget=None, visits=None):
     data = micro_batches(schedule.num_micro_batches, sum(LENGTHS))
     parts = [sub_sequences(LENGTHS)] * len(data)
     context = ExecutionContext()
@@ -41,7 +61,7 @@ def run(schedule, *, fail_at=None, forget=None):
 
         setattr(computation, method, failing)
     actions = [action for action in lower(schedule).stages[0] if action != forget]
-    execute(actions, computation, NoLink(), context, parts, clock, stage=0)
+    execute(actions, computation, NoLink(), context, parts, clock, stage=0, visits=visits)
     return context, clock
 
 
@@ -52,6 +72,16 @@ def test_an_error_names_stage_step_and_action(text):
     step = schedule.stages[0].index(action)
     with pytest.raises(ActionError, match=rf"stage 0, step {step} of 12, action {text}: no such"):
         run(schedule, fail_at=action)
+
+
+def test_a_chunk_is_waited_for_before_it_computes_and_waiting_is_no_computing():
+    visits = SlowVisits(0.05)
+    schedule = visiting(lower(one_f_one_b(1, 1, 3)), 1)
+    _, clock = run(schedule, visits=visits)
+    spans, length = clock.finish()
+    computed = [f"wait {span.action}" for span in spans]
+    assert visits.asked == ["0LOAD_F0.0", *computed, "0FREE_B0.0"]
+    assert length - sum(span.end - span.start for span in spans) >= 6 * 0.05
 
 
 def test_a_backward_left_out_leaks_and_is_noticed():

@@ -139,6 +139,31 @@ def _add_offload_arguments(group: Any) -> None:
         help="With --offload-model-chunks: load a chunk as soon as its place on the device is "
         "free, not before the computation that needs it.",
     )
+    group.add_argument(
+        "--offload-link-gb-per-s",
+        type=float,
+        default=None,
+        metavar="X",
+        help="With --offload-model-chunks on a machine without a GPU: let copies take as long as "
+        "at X GB/s one way, beside the computations, to rehearse what loads cost. (default: as "
+        "fast as memory)",
+    )
+    group.add_argument(
+        "--offload-link-roots",
+        type=_numbers,
+        default=None,
+        metavar="R,R,...",
+        help="With --offload-link-gb-per-s: for each stage the number of its root of the PCIe "
+        "tree; stages of one root take turns on its link. (default: each stage has its own link)",
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read numbers from 0 between commas."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,0,1,1")
+    return tuple(map(int, numbers))
 
 
 def _add_output_arguments(group: Any) -> None:

@@ -1,6 +1,7 @@
 """The table of arguments that cannot work, each with the way out, and the one place that exits."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -112,7 +113,20 @@ def _own_faults(arguments: Arguments) -> Iterator[str]:
             f"--offload-model-chunks {settings.offload_chunks}: copies to a GPU are not there yet, "
             "only those of a machine without one: leave it out"
         )
+    yield from _link_faults(arguments)
     yield from _file_faults(arguments)
+
+
+def _link_faults(arguments: Arguments) -> Iterator[str]:
+    args, settings = arguments
+    pace, roots = settings.offload_gb_per_second, settings.offload_roots
+    if pace is not None and not 0.0 < pace < math.inf:
+        yield f"--offload-link-gb-per-s {pace:g}: must be above 0: leave it out for no limit"
+    if roots is not None and len(roots) != args.pipeline_model_parallel_size:
+        yield (
+            f"--offload-link-roots {','.join(map(str, roots))}: {len(roots)} numbers for "
+            f"{args.pipeline_model_parallel_size} stages: give one for each stage"
+        )
 
 
 def _length_faults(arguments: Arguments) -> Iterator[str]:
@@ -380,6 +394,18 @@ TABLE: tuple[Refusal, ...] = (
         "--offload-prefetch",
         lambda a: a.settings.offload_prefetch and a.settings.offload_chunks == 0,
         "goes with --offload-model-chunks only",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-link-gb-per-s",
+        lambda a: a.settings.offload_gb_per_second is not None and a.settings.offload_chunks == 0,
+        "goes with --offload-model-chunks only",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--offload-link-roots",
+        lambda a: a.settings.offload_roots is not None and a.settings.offload_gb_per_second is None,
+        "goes with --offload-link-gb-per-s only",
         Scope.ALWAYS,
     ),
     Refusal(

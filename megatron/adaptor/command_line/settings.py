@@ -42,8 +42,10 @@ class Settings:
     one. verify: whether to compare with Megatron's own loop first. timeout: of an exchange between
     stages. turn: sub-sequences that go through a model chunk before the next; None for as many as
     stages, or with offloading all. offload_chunks: model chunks that the device holds at a time; 0
-    if they stay there. offload_prefetch: whether they are loaded as soon as there is room. poison:
-    whether memory that they leave is filled with NaN, for tests.
+    if they stay there. offload_prefetch: whether they are loaded as soon as there is room.
+    offload_gb_per_second: the pace of their copies; None for as fast as can be. offload_roots: for
+    each stage the number of the link that it shares with others. poison: whether memory that they
+    leave is filled with NaN, for tests.
     """
 
     num_splits: int
@@ -65,6 +67,8 @@ class Settings:
     turn: int | None = None
     offload_chunks: int = 0
     offload_prefetch: bool = False
+    offload_gb_per_second: float | None = None
+    offload_roots: tuple[int, ...] | None = None
     poison: bool = False
 
     @property
@@ -180,6 +184,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         turn=_turn(args, num_splits),
         offload_chunks=args.offload_model_chunks,
         offload_prefetch=args.offload_prefetch,
+        offload_gb_per_second=args.offload_link_gb_per_s,
+        offload_roots=args.offload_link_roots,
     )
 
 

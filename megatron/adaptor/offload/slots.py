@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron.adaptor.offload.link import Direction, DirectLink, Link
 from seq1f1b.schedule import Action, Kind, Schedule, residencies
 
 
@@ -47,7 +50,15 @@ class ChunkSlots:
     Raises ValueError when a chunk has parameters to train outside of its buffers.
     """
 
-    def __init__(self, chunks: Sequence[Any], num_slots: int, *, poison: bool = False) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        num_slots: int,
+        *,
+        link: Link | None = None,
+        poison: bool = False,
+    ) -> None:
+        self._link = link or DirectLink()
         self._buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in chunks]
         self._poison = poison
         for chunk, buffers in zip(chunks, self._buffers, strict=True):
@@ -73,6 +84,8 @@ class ChunkSlots:
         ]
         self._there: dict[int, int] = {}  # slot of each chunk on the device
         self._partial: set[int] = set()
+        self._arriving: dict[int, Future[None]] = {}  # by chunk
+        self._leaving: dict[int, Future[None]] = {}  # by slot
         self._slot_of: Sequence[int] = ()
         self._going_backward: Mapping[Action, bool] = {}
         self.traffic = Traffic()
@@ -98,20 +111,24 @@ class ChunkSlots:
         self.traffic = Traffic()
 
     def load(self, action: Action) -> None:
-        """Copy the chunk into its slot; its gradients begin at 0, or where they were left."""
+        """Have the chunk copied into its slot when that is free, and point its parameters there.
+
+        Its gradients begin at 0, or where they were left.
+        """
         chunk, slot = action.chunk, self._slot_of[action.chunk]
         assert slot not in self._there.values(), f"{action}: slot {slot} is taken: {self._there}"
         self._there[chunk] = slot
         self.traffic.loads += 1
         needs_gradients = self._going_backward[action]
+        comes_back = needs_gradients and chunk in self._partial
+        copies: list[tuple[Tensor, Tensor | None]] = []
         for buffer, place in self._places(chunk):
-            place.weights.copy_(buffer.param_data)
+            copies.append((place.weights, buffer.param_data))
             self.traffic.weights_in += buffer.param_data.nbytes
-            if needs_gradients and chunk in self._partial:
-                place.gradients.copy_(buffer.grad_data)
+            if needs_gradients:
+                copies.append((place.gradients, buffer.grad_data if comes_back else None))
+            if comes_back:
                 self.traffic.gradients_in += buffer.grad_data.nbytes
-            elif needs_gradients:
-                place.gradients.zero_()
             for parameter in buffer.params:
                 start, end, _ = buffer.param_index_map[parameter]
                 _point(
@@ -119,27 +136,59 @@ class ChunkSlots:
                     place.weights[start:end].view(parameter.shape),
                     place.gradients[start:end].view(parameter.shape),
                 )
+        num_bytes = sum(source.nbytes for _, source in copies if source is not None)
+        after = [self._leaving.pop(slot)] if slot in self._leaving else []
+        self._arriving[chunk] = self._link.start(
+            Direction.IN, num_bytes, partial(_fill, copies), after
+        )
+
+    def wait(self, action: Action) -> None:
+        """Return when the chunk of a computation is in its slot."""
+        arriving = self._arriving.pop(action.chunk, None)
+        if arriving is not None:
+            arriving.result()
 
     def free(self, action: Action) -> None:
-        """Point the chunk's parameters home, to where FREE_B has taken its gradients first."""
+        """Point the chunk's parameters home; after backwards have its gradients taken there."""
         chunk = action.chunk
-        if action.kind is Kind.FREE_B:
-            for buffer, place in self._places(chunk):
-                buffer.grad_data.copy_(place.gradients)
-                self.traffic.gradients_out += buffer.grad_data.nbytes
-            self._partial.add(chunk)
-        self._leave(chunk)
+        places = list(self._places(chunk))
+        slot = self._there[chunk]
+        self._point_home(chunk)
+        if action.kind is Kind.FREE_F:
+            self._spoil(places)
+            return
+        self._partial.add(chunk)
+        num_bytes = sum(buffer.grad_data.nbytes for buffer, _ in places)
+        self.traffic.gradients_out += num_bytes
+        self._leaving[slot] = self._link.start(
+            Direction.OUT, num_bytes, partial(self._take_home, places)
+        )
 
     def end(self) -> None:
-        """Point everything home, as after a step that failed it may not be."""
+        """Wait for all copies, and point home what after a step that failed is not there."""
+        copies = [*self._arriving.values(), *self._leaving.values()]
+        wait(copies)
+        self._arriving, self._leaving = {}, {}
         for chunk in list(self._there):
-            self._leave(chunk)
+            places = list(self._places(chunk))
+            self._point_home(chunk)
+            self._spoil(places)
+        for copy in copies:
+            copy.result()
 
-    def _leave(self, chunk: int) -> None:
+    def _take_home(self, places: Sequence[tuple[Any, _Place]]) -> None:
+        for buffer, place in places:
+            buffer.grad_data.copy_(place.gradients)
+        self._spoil(places)
+
+    def _spoil(self, places: Sequence[tuple[Any, _Place]]) -> None:
+        """Let whoever still uses a slot that was given up find NaN there, if that is asked for."""
         if self._poison:
-            for _, place in self._places(chunk):
+            for _, place in places:
                 place.weights.fill_(math.nan)
                 place.gradients.fill_(math.nan)
+
+    def _point_home(self, chunk: int) -> None:
         for parameter, (weights, gradients) in self._homes[chunk].items():
             parameter.data, parameter.main_grad = weights, gradients
         del self._there[chunk]
@@ -150,6 +199,15 @@ class ChunkSlots:
         for buffer in self._buffers[chunk]:
             whole, number = slot[_key(buffer)], buffer.param_data.numel()
             yield buffer, _Place(whole.weights[:number], whole.gradients[:number])
+
+
+def _fill(copies: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Copy into each first tensor the second, or zeros where there is none."""
+    for target, source in copies:
+        if source is None:
+            target.zero_()
+        else:
+            target.copy_(source)
 
 
 def _point(parameter: Any, weights: Tensor, gradients: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron.adaptor.layers.known import check_layers
+from megatron.adaptor.offload.link import link_of
 from megatron.adaptor.offload.slots import ChunkSlots
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.reports.console import print_first
@@ -38,7 +39,7 @@ class Loop:
         self._has_warned = False
         self._is_running = False
         self._slots: ChunkSlots | None = None
-        self._slots_of: list[Any] = []
+        self._slots_of: Any = None
 
     def patches(self) -> list[Patch]:
         """Return what is replaced around Megatron's loops and their data."""
@@ -185,10 +186,13 @@ class Loop:
         """Return the slots that model chunks visit, which are made once for a model."""
         if not settings.offload_chunks:
             return None
-        chunks = arguments.chunks
-        if self._slots is None or self._slots_of != chunks:
-            self._slots = ChunkSlots(chunks, settings.offload_chunks, poison=settings.poison)
-            self._slots_of = chunks
+        chunks, number = arguments.chunks, settings.offload_chunks
+        pace, roots = settings.offload_gb_per_second, settings.offload_roots
+        wanted = chunks, number, pace, roots
+        if self._slots is None or self._slots_of != wanted:
+            link = link_of(pace, roots, arguments.groups.pp.rank())
+            self._slots = ChunkSlots(chunks, number, link=link, poison=settings.poison)
+            self._slots_of = wanted
         return self._slots
 
     def _is_first(self, arguments: StepArguments) -> bool:

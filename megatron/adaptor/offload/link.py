@@ -1,0 +1,122 @@
+"""What copies model chunks between host memory and the device: at once, or at a link's pace.
+
+On a machine without a GPU both are memory of the host, and a copy takes next to nothing. A paced
+link makes it take as long as on a bus of so many bytes per second, beside the computations, so that
+what a schedule of loads costs, and what loading ahead saves, can be timed there.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+Copy = Callable[[], None]
+"""Copies when it is called."""
+
+
+class Direction(StrEnum):
+    """Which way bytes go, as the device sees it."""
+
+    IN = "in"
+    OUT = "out"
+
+
+class Link(Protocol):
+    """What makes copies, those of one direction one after the other."""
+
+    def start(
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Future[None]] = ()
+    ) -> Future[None]:
+        """Have ``copy`` made when all of ``after`` is done; what is returned is then done.
+
+        Waiting for it raises what ``copy`` raised.
+        """
+        ...
+
+
+class DirectLink:
+    """Makes every copy at once: it is done when ``start`` returns."""
+
+    def start(
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Future[None]] = ()
+    ) -> Future[None]:
+        """See Link."""
+        for other in after:
+            other.result()
+        copy()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+class PacedLink:
+    """Makes copies in a thread for each direction, as slowly as ``bytes_per_second`` says.
+
+    root: ranks of this machine with the same number take turns, one direction apart from the other,
+    as devices do under one root of the PCIe tree; None for a link that nobody shares.
+    """
+
+    def __init__(self, bytes_per_second: float, root: int | None = None) -> None:
+        self._bytes_per_second = bytes_per_second
+        self._root = root
+        self._lanes = {
+            direction: ThreadPoolExecutor(1, thread_name_prefix=f"copies {direction}")
+            for direction in Direction
+        }
+
+    def start(
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Future[None]] = ()
+    ) -> Future[None]:
+        """See Link."""
+        seconds = num_bytes / self._bytes_per_second
+        return self._lanes[direction].submit(self._make, direction, seconds, copy, after)
+
+    def _make(
+        self, direction: Direction, seconds: float, copy: Copy, after: Sequence[Future[None]]
+    ) -> None:
+        for other in after:
+            other.result()
+        with self._turn(direction):
+            end = time.perf_counter() + seconds
+            copy()
+            time.sleep(max(0.0, end - time.perf_counter()))
+
+    @contextlib.contextmanager
+    def _turn(self, direction: Direction) -> Iterator[None]:
+        """Have the root's link alone.
+
+        Who waits for the link holds the place before it. So the rank that has just used the link
+        cannot take it again before one that waits.
+        """
+        if self._root is None:
+            yield
+            return
+        name = f"seq1f1b-{os.getuid()}-root-{self._root}-{direction}"
+        place, link = (Path(tempfile.gettempdir(), f"{name}.{part}") for part in ("place", "link"))
+        with contextlib.ExitStack() as held:
+            with _locked(place):
+                held.enter_context(_locked(link))
+            yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, which the system gives up for a process that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def link_of(
+    gb_per_second: float | None, roots: Sequence[int] | None, stage: int
+) -> DirectLink | PacedLink:
+    """Return the link of a ``stage``: paced if a pace is given, under its root if roots are."""
+    if gb_per_second is None:
+        return DirectLink()
+    return PacedLink(gb_per_second * 1e9, None if roots is None else roots[stage])

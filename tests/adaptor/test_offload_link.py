@@ -1,0 +1,79 @@
+"""Copies at a link's pace: how long they take, in which order, and who shares a link."""
+
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+
+from megatron.adaptor.offload.link import Direction, DirectLink, PacedLink, link_of
+
+
+def test_a_copy_takes_its_bytes_over_the_pace_beside_the_caller():
+    link, done = PacedLink(1e6), []
+    start = time.perf_counter()
+    first = link.start(Direction.IN, 60_000, lambda: done.append("first"))
+    second = link.start(Direction.IN, 40_000, lambda: done.append("second"))
+    back = link.start(Direction.OUT, 50_000, lambda: done.append("back"))
+    assert time.perf_counter() - start < 0.03
+    back.result()
+    assert time.perf_counter() - start >= 0.05
+    first.result()
+    assert time.perf_counter() - start >= 0.06
+    second.result()
+    assert time.perf_counter() - start >= 0.1
+    assert sorted(done) == ["back", "first", "second"]
+    assert done.index("first") < done.index("second")
+
+
+def test_a_copy_waits_for_those_before_it():
+    link, done = PacedLink(1e6), []
+    out = link.start(Direction.OUT, 50_000, lambda: done.append("out"))
+    into = link.start(Direction.IN, 1, lambda: done.append(out.done()), [out])
+    into.result()
+    assert done == ["out", True]
+
+
+@pytest.mark.parametrize("link", [DirectLink(), PacedLink(1e12)])
+def test_what_a_copy_raises_comes_out_where_it_is_waited_for(link):
+    def broken() -> None:
+        raise OSError("no such memory")
+
+    with pytest.raises(OSError, match="no such memory"):
+        link.start(Direction.IN, 1, broken).result()
+
+
+def test_without_a_pace_a_copy_is_made_at_once():
+    link, threads = link_of(None, None, 0), []
+    assert link.start(Direction.IN, 10**12, lambda: threads.append(threading.get_ident())).done()
+    assert threads == [threading.get_ident()]
+
+
+def order_of(one: PacedLink, other: PacedLink, num_bytes: int) -> list[tuple[float, str]]:
+    """Ask each for three copies, the first a little earlier; return when each copy began."""
+    begun: list[tuple[float, str]] = []
+    copies = []
+    for name, link in (("one", one), ("other", other)):
+        copies += [
+            link.start(
+                Direction.IN, num_bytes, lambda name=name: begun.append((time.monotonic(), name))
+            )
+            for _ in range(3)
+        ]
+        time.sleep(0.01)
+    for copy in copies:
+        copy.result()
+    return begun
+
+
+def test_ranks_under_one_root_take_turns():
+    # a root that nobody else on this machine is likely to use
+    begun = order_of(PacedLink(1e6, 910_017), PacedLink(1e6, 910_017), 40_000)
+    assert [name for _, name in begun] == ["one", "other"] * 3
+    assert all(later - earlier >= 0.04 for (earlier, _), (later, _) in pairwise(begun))
+
+
+def test_links_of_different_roots_do_not_wait_for_each_other():
+    begun = order_of(PacedLink(1e6, 910_018), PacedLink(1e6, 910_019), 100_000)
+    first = {name: min(at for at, other in begun if other == name) for _, name in begun}
+    assert abs(first["one"] - first["other"]) < 0.1
