@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from seq1f1b.cli import app
-from seq1f1b.schedule import interleaved, one_f_one_b
+from seq1f1b.schedule import interleaved, num_loads, one_f_one_b
 from seq1f1b.simulate import formulas
 from seq1f1b.timeline import write_trace
 from tests.timeline.drawn import planned
@@ -307,6 +307,107 @@ def test_timeline_writes_what_the_ending_says(ending, tmp_path, trace):
     assert path.read_bytes().startswith(beginnings[ending])
     run("timeline", "--trace", trace, "--output", str(path))
     assert path.stat().st_size != alone
+
+
+OFFLOAD = shlex.split("--stages 2 --chunks 4 --microbatches 4 --offload-model-chunks 2")
+
+
+def figures(*arguments: str) -> dict:
+    return json.loads(run("simulate", *arguments, "--json"))
+
+
+def test_chunks_in_host_memory_are_copied_as_often_as_their_schedule_says():
+    row = figures(*OFFLOAD, "--offload-copy-time", "0.5")
+    assert (row["slots"], row["chunk_loads"]) == (2, [6, 6])
+    assert row["copying"] == [[3.0, 2.0], [3.0, 2.0]]
+    assert row["bubble_ratio_in_theory"] is None
+    turns = figures(*OFFLOAD, "--offload-copy-time", "0.5", "--seq1f1b-turn", "2")
+    assert turns["chunk_loads"] == [num_loads(4, 2, 2) + 2, num_loads(4, 2, 2)]
+    early = figures(*OFFLOAD, "--offload-copy-time", "0.5", "--offload-prefetch")
+    shared = figures(
+        *OFFLOAD,
+        *shlex.split("--offload-copy-time 0.5 --offload-prefetch --offload-link-roots 3,3"),
+    )
+    resident = figures(*OFFLOAD[:-2], "--group", "4")
+    times = [each["step_time"] for each in (resident, early, shared, row)]
+    assert times[0] < times[1] < times[2] < times[3]
+    assert figures(*OFFLOAD, "--offload-copy-time", "0")["step_time"] == times[0]
+
+
+def test_a_models_chunks_have_bytes_and_slots_of_memory():
+    model = ["--chunks", "4", "--microbatches", "4", "--stages", "2", *MODEL]
+    rate = ["--offload-model-chunks", "2", "--offload-link-gb-per-s", "25"]
+    row, resident = figures(*model, *rate), figures(*model, "--group", "4")
+    # 4 layers of a chunk, 12 h^2 weights each and biases and norms; in bf16, gradients in fp32
+    chunk = 4 * (12 * 4096**2 + 13 * 4096)
+    into, out = row["copying"][0]
+    assert into == pytest.approx(6 * 2 * chunk / 25e9, rel=1e-3)
+    assert out == pytest.approx(4 * 4 * chunk / 25e9, rel=1e-3)
+    more = row["peak_memory"][0] - resident["peak_memory"][0]
+    assert more == pytest.approx(2 * 6 * chunk, rel=0.01)
+    assert "slots for weights and gradients" in run("simulate", *model, *rate)
+
+
+def test_a_trace_times_a_schedule_with_loads(tmp_path):
+    path = tmp_path / "chunks.jsonl"
+    with path.open("w") as stream:
+        for stage, spans in enumerate(planned(interleaved(2, 2, 2)).stages):
+            write_trace(stream, stage, spans)
+    offload = shlex.split("--offload-model-chunks 1 --offload-copy-time 0.25")
+    row = figures("--trace", str(path), *offload)
+    assert row["chunk_loads"] == [3, 3]
+    assert row["copying"] == [[0.75, 0.5]] * 2
+    text = run("timeline", "--trace", str(path), *offload)
+    assert text.count(" in ") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--offload-prefetch", "'--offload-prefetch': goes with --offload-model-chunks only"),
+        ("--offload-link-roots 0,0", "'--offload-link-roots': goes with --offload-model-chunks"),
+        ("--offload-copy-time 1", "'--offload-copy-time': goes with --offload-model-chunks"),
+        (
+            "--offload-model-chunks 1 --offload-copy-time 1",
+            "'--offload-model-chunks': needs several stages, and several model chunks of each",
+        ),
+        (
+            "--chunks 2 --offload-model-chunks 3 --offload-copy-time 1",
+            "3: must be from 0 to the model chunks of a stage, which are 2",
+        ),
+        (
+            "--chunks 2 --offload-model-chunks 1 --schedule greedy --offload-copy-time 1",
+            "'--offload-model-chunks': cannot go with --schedule greedy",
+        ),
+        (
+            "--chunks 2 --offload-model-chunks 1",
+            "'--offload-copy-time': how long does the copy of a model chunk take?",
+        ),
+        (
+            "--chunks 2 --offload-model-chunks 1 --offload-link-gb-per-s 8",
+            "'--offload-link-gb-per-s': the bytes of chunks are not known: use --offload-copy-time",
+        ),
+        (
+            "--chunks 2 --offload-model-chunks 1 --offload-copy-time 1 --offload-link-roots 0,x",
+            "'0,x' is not a list of numbers such as 0,0,1,1",
+        ),
+        (
+            "--chunks 2 --offload-model-chunks 1 --offload-copy-time 1 --offload-link-roots 0,0",
+            "0,0: give one number for each of 4",
+        ),
+        (
+            f"--chunks 2 --offload-model-chunks 1 {shlex.join(MODEL)}",
+            "'--offload-link-gb-per-s': how fast are copies between host memory and the device?",
+        ),
+        (
+            f"--chunks 2 --offload-model-chunks 1 --offload-copy-time 1 {shlex.join(MODEL)}",
+            "'--offload-copy-time': a model's chunks have bytes: use --offload-link-gb-per-s",
+        ),
+    ],
+)
+def test_offloading_that_makes_no_sense_names_the_flag(arguments, message):
+    for command in ("simulate", "timeline"):
+        assert message in refused(command, *SHAPE, *shlex.split(arguments))
 
 
 def test_timeline_prints_text_without_an_output(trace):

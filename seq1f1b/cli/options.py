@@ -56,6 +56,7 @@ Group = Annotated[
     int | None,
     typer.Option(
         "--group",
+        "--seq1f1b-turn",
         min=1,
         max=_MOST,
         help="Interleaved: sub-sequences that go through a chunk in a turn. [default: the number "

@@ -14,8 +14,8 @@ from seq1f1b.planner.command_line import Given
 from seq1f1b.planner.gpu import gpu as load_gpu
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.time import Kernels
-from seq1f1b.schedule import Schedule
-from seq1f1b.simulate import CostError, Simulation, greedy, memory_over_time, simulate
+from seq1f1b.schedule import Kind, Schedule
+from seq1f1b.simulate import CostError, HostLink, Simulation, greedy, memory_over_time, simulate
 from seq1f1b.timeline import Span, Timeline
 
 _MOST_ACTIONS = 1_000_000
@@ -230,23 +230,31 @@ def make_schedule(
     return shape.generate(source, name or by_shape(shape.chunks, shape.splits), group, max_live)
 
 
-def run(source: Source, schedule: Schedule) -> Simulation:
-    """Simulate, with the costs of ``source``."""
+def run(source: Source, schedule: Schedule, host_link: HostLink | None = None) -> Simulation:
+    """Simulate, with the costs of ``source``; ``host_link``: what brings chunks that visit."""
     try:
-        return simulate(schedule, source.costs(schedule), source.link(schedule))
+        return simulate(schedule, source.costs(schedule), source.link(schedule), host_link)
     except CostError as error:
         raise flag_error("--trace", str(error)) from None
 
 
 def as_timeline(source: Source, result: Simulation) -> Timeline:
     """Return what the pictures draw of a simulation."""
-    stages = zip(result.schedule.stages, result.starts, result.ends, strict=True)
+    stages = [
+        [Span(*entry) for entry in zip(*columns, strict=True)]
+        for columns in zip(result.schedule.stages, result.starts, result.ends, strict=True)
+    ]
+    copies = tuple(
+        (
+            tuple(span for span in spans if span.action.kind.is_load),
+            tuple(span for span in spans if span.action.kind is Kind.FREE_B),
+        )
+        for spans in stages
+    )
     return Timeline(
         result.schedule.name,
-        tuple(
-            tuple(Span(*entry) for entry in zip(actions, starts, ends, strict=True))
-            for actions, starts, ends in stages
-        ),
+        tuple(tuple(span for span in spans if span.action.kind.is_compute) for spans in stages),
+        copies=copies if result.schedule.slots is not None else (),
         seconds=source.seconds,
         memory=memory_over_time(result, source.memory(result.schedule)),
         memory_unit=source.memory_unit,

@@ -16,6 +16,11 @@ from seq1f1b.simulate import Simulation, formulas, peak_memory
 def figures(source: Source, result: Simulation) -> dict[str, Any]:
     """Return what is worth knowing of a simulation, in plain numbers."""
     schedule = result.schedule
+    visits: dict[str, Any] = {}
+    if schedule.slots is not None:
+        loads = [sum(a.kind.is_load for a in actions) for actions in schedule.stages]
+        copying = [list(times) for times in result.copying]
+        visits = {"slots": schedule.num_slots, "chunk_loads": loads, "copying": copying}
     return {
         "schedule": schedule.name,
         "stages": schedule.num_stages,
@@ -30,13 +35,14 @@ def figures(source: Source, result: Simulation) -> dict[str, Any]:
         "peak_live": list(result.peak_live),
         "peak_memory": list(peak_memory(result, source.memory(schedule))),
         "memory_unit": source.memory_unit,
+        **visits,
     }
 
 
 def _in_theory(source: Source, schedule: Schedule) -> float | None:
     """Return the formula's bubble ratio for equal actions; None if the schedule has no formula."""
     sizes = schedule.num_micro_batches, schedule.num_splits
-    if schedule.name == ScheduleName.GREEDY:
+    if schedule.name == ScheduleName.GREEDY or schedule.slots is not None:
         return None
     if schedule.name in (ScheduleName.ZERO_BUBBLE, ScheduleName.SEQ_ZERO_BUBBLE):
         if not formulas.zb_h1_applies(schedule.num_stages, *sizes):
@@ -60,18 +66,21 @@ def notes(source: Source, given: Given) -> dict[str, Any]:
     return {"assumed": list(assumed), "without_effect": list(given.ignored)}
 
 
-def print_notes(source: Source, given: Given) -> None:
-    """Print what memory leaves out, what was assumed, and which options have no effect here."""
+def print_notes(source: Source, given: Given, *, visits: bool = False) -> None:
+    """Print what memory leaves out, what was assumed, and which options have no effect here.
+
+    visits: whether model chunks visit the device, whose slots then count as memory.
+    """
     out = console()
     if isinstance(source, SettingCosts):
         rates = f"{source.tflops:g} TFLOP/s a stage, for short sub-sequences as for long ones"
         if source.kernels is not None:
             rates = f"kernel curves of {source.kernels.gpu.title}"
         out.print(f"times: {rates}", style="dim")
-        out.print(
-            "memory leaves out weights, optimizer and temporaries: seq1f1b memory has them",
-            style="dim",
-        )
+        memory = "memory leaves out weights, optimizer and temporaries: seq1f1b memory has them"
+        if visits:
+            memory = "memory has the slots for weights and gradients; it leaves out temporaries"
+        out.print(memory, style="dim")
         assumed = resolve(source.values, num_gpus=source.num_gpus).assumed
         if assumed:
             out.print(f"assumed: {'; '.join(assumed)}", style="dim")

@@ -1,9 +1,11 @@
 """``seq1f1b simulate``: one schedule in figures."""
 
+from typing import Any
+
 import typer
 from rich.table import Table
 
-from seq1f1b.cli import megatron, options, report
+from seq1f1b.cli import megatron, offload, options, report
 from seq1f1b.cli.megatron import read_given
 from seq1f1b.cli.problem import Device, make_schedule, make_shape, make_source, run
 from seq1f1b.cli.source import SettingCosts, Source, TraceCosts
@@ -23,6 +25,11 @@ def simulate(
     tflops: options.Tflops = None,
     latency: options.Latency = None,
     bandwidth: options.Bandwidth = None,
+    offload_chunks: offload.Chunks = 0,
+    offload_prefetch: offload.Prefetch = False,
+    offload_rate: offload.GbPerSecond = None,
+    offload_copy_time: offload.CopyTime = None,
+    offload_roots: offload.Roots = None,
     trace: options.Trace = None,
     as_json: options.Json = False,
 ) -> None:
@@ -36,7 +43,12 @@ def simulate(
     source = make_source(given, microbatches, trace, device)
     shape = make_shape(source, given, microbatches)
     max_live = given.values.get("seq1f1b_max_live")
-    result = run(source, make_schedule(source, shape, schedule, group, max_live))
+    visits = offload.Offload(
+        offload_chunks, offload_prefetch, offload_rate, offload_copy_time, offload_roots
+    )
+    turn = visits.turn(shape, schedule, group)
+    planned = visits.applied(make_schedule(source, shape, schedule, turn, max_live))
+    result = run(source, planned, visits.host_link(source, planned))
     if as_json:
         figures = report.figures(source, result)
         if isinstance(source, TraceCosts):
@@ -45,7 +57,7 @@ def simulate(
         report.write_json(figures | report.notes(source, given))
     else:
         _print(source, result)
-        report.print_notes(source, given)
+        report.print_notes(source, given, visits=planned.slots is not None)
 
 
 def _print(source: Source, result: Simulation) -> None:
@@ -72,7 +84,9 @@ def _print(source: Source, result: Simulation) -> None:
             f"{source.timeline.bubble_ratio:.2%}"
         )
     table = Table(header_style="bold", box=None, pad_edge=False)
-    titles = ("stage", "busy", "idle", "idle %", "peak live", f"peak {report.memory_title(source)}")
+    titles = ["stage", "busy", "idle", "idle %", "peak live", f"peak {report.memory_title(source)}"]
+    if "chunk_loads" in figures:
+        titles += ["loads", "copies in", "copies out"]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     peaks = peak_memory(result, source.memory(result.schedule))
@@ -84,9 +98,17 @@ def _print(source: Source, result: Simulation) -> None:
             f"{idle / result.step_time:.1%}",
             str(result.peak_live[stage]),
             report.memory_text(source, peaks[stage]),
+            *_copies(source, figures, stage),
         )
     console.print(table)
     console.print(
         "peak live: sub-sequences, on one model chunk each, between their forward and backward",
         style="dim",
     )
+
+
+def _copies(source: Source, figures: dict[str, Any], stage: int) -> list[str]:
+    if "chunk_loads" not in figures:
+        return []
+    times = (report.time_text(source, seconds) for seconds in figures["copying"][stage])
+    return [str(figures["chunk_loads"][stage]), *times]

@@ -1,13 +1,13 @@
 """Where a command takes costs from: equal actions, a model's arithmetic, or a trace."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from seq1f1b.cli.options import flag_error
 from seq1f1b.planner.catalogue import ScheduleName
-from seq1f1b.planner.chunks import chunk_memory, chunk_operations
+from seq1f1b.planner.chunks import chunk_bytes, chunk_memory, chunk_operations
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.runtime import Runtime, runtime
 from seq1f1b.planner.setting import Setting
@@ -127,8 +127,18 @@ class SettingCosts:
         )
 
     def memory(self, schedule: Schedule) -> ByChunk:
-        """See Source."""
-        return chunk_memory(self.setting(schedule), self.profile)
+        """See Source; weights and gradients count where they visit the device."""
+        setting = self.setting(schedule)
+        kept = chunk_memory(setting, self.profile)
+        if schedule.slots is None:
+            return kept
+        return tuple(
+            tuple(map(_with_model, *each)) for each in zip(kept, *chunk_bytes(setting), strict=True)
+        )
+
+
+def _with_model(memory: Memory, weights: float, gradients: float) -> Memory:
+    return replace(memory, weights=weights, gradients=gradients)
 
 
 @dataclass(frozen=True)

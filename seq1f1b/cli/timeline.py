@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seq1f1b.cli import megatron, options
+from seq1f1b.cli import megatron, offload, options
 from seq1f1b.cli.megatron import read_given
 from seq1f1b.cli.options import flag_error
 from seq1f1b.cli.problem import Device, as_timeline, make_schedule, make_shape, make_source, run
@@ -50,6 +50,11 @@ def timeline(
     tflops: options.Tflops = None,
     latency: options.Latency = None,
     bandwidth: options.Bandwidth = None,
+    offload_chunks: offload.Chunks = 0,
+    offload_prefetch: offload.Prefetch = False,
+    offload_rate: offload.GbPerSecond = None,
+    offload_copy_time: offload.CopyTime = None,
+    offload_roots: offload.Roots = None,
     trace: options.Trace = None,
 ) -> None:
     """Draw a schedule; with --trace what was measured, and the plan on the same axis.
@@ -64,7 +69,12 @@ def timeline(
     source = make_source(given, microbatches, trace, device)
     shape = make_shape(source, given, microbatches)
     max_live = given.values.get("seq1f1b_max_live")
-    result = run(source, make_schedule(source, shape, schedule, group, max_live))
+    visits = offload.Offload(
+        offload_chunks, offload_prefetch, offload_rate, offload_copy_time, offload_roots
+    )
+    turn = visits.turn(shape, schedule, group)
+    planned = visits.applied(make_schedule(source, shape, schedule, turn, max_live))
+    result = run(source, planned, visits.host_link(source, planned))
     timelines = [as_timeline(source, result)]
     if isinstance(source, TraceCosts):
         timelines.insert(0, source.timeline)

@@ -2,6 +2,7 @@
 
 from seq1f1b.planner.memory.attention import Carry
 from seq1f1b.planner.memory.layer import Layer
+from seq1f1b.planner.memory.parameters import chunk_parameters, gradient_bytes
 from seq1f1b.planner.memory.sizes import Sizes
 from seq1f1b.planner.memory.tape import Saved, Tape
 from seq1f1b.planner.runtime import Runtime
@@ -30,6 +31,21 @@ def chunk_operations(setting: Setting) -> tuple[tuple[TokenCost, ...], ...]:
         tuple(of(len(chunk.layers), chunk.mtp, chunk.head) for chunk in chunks)
         for chunks in setting.chunks
     )
+
+
+def chunk_bytes(
+    setting: Setting,
+) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
+    """Return for each stage the bytes of its chunks' weights on one rank, and of gradients."""
+    numbers = [
+        [held.dense + held.experts for held in (chunk_parameters(setting, c) for c in chunks)]
+        for chunks in setting.chunks
+    ]
+
+    def times(size: int) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(number * size for number in chunks) for chunks in numbers)
+
+    return times(setting.element_bytes), times(gradient_bytes(setting))
 
 
 def chunk_memory(setting: Setting, runtime: Runtime) -> ByChunk:

@@ -1,13 +1,13 @@
 """Timelines as a picture, SVG or PNG, by matplotlib."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seq1f1b.schedule import Action, Kind, Span
 from seq1f1b.timeline import palette
-from seq1f1b.timeline.model import Timeline
+from seq1f1b.timeline.model import LANES, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _ROW_INCHES = 0.42
 _MEMORY_INCHES = 1.5
 _BAR_HEIGHT = 0.86
+_LANE_PITCH, _LANE_HEIGHT, _LANE_GAP = 0.36, 0.3, 0.12
+"""Of a row of copies, in rows of a stage, and the gap before the next stage."""
+_SMALL = 6.5
 _POINTS_PER_LETTER = 4.4
 _MOST_NAMED_CURVES = 10
 _GRAY = "#6b7280"
@@ -38,7 +41,8 @@ def save_figure(timelines: Sequence[Timeline], path: Path, *, width: float = 14.
     """Draw ``timelines`` one above the other on the same time axis into an .svg or .png file.
 
     ``width`` is in inches. Each stage is a row; what is idle stays gray, with its share of the step
-    at the right. Below, where it is known, what every stage holds in memory.
+    at the right. Where model chunks visit the device, two thin rows below it are the copies into it
+    and out of it. Below, where it is known, what every stage holds in memory.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -46,7 +50,7 @@ def save_figure(timelines: Sequence[Timeline], path: Path, *, width: float = 14.
     with rc_context(_STYLE):
         heights = []
         for timeline in timelines:
-            heights.append(len(timeline.stages) * _ROW_INCHES)
+            heights.append(len(timeline.stages) * _pitch(timeline) * _ROW_INCHES)
             heights += [_MEMORY_INCHES] if timeline.memory else []
         gap = 0.62
         figure = Figure(figsize=(width, sum(heights) + gap * len(heights) + 0.5))
@@ -77,24 +81,25 @@ def _draw_stages(axes: "Axes", timeline: Timeline, length: float, figure: "Figur
     from matplotlib.collections import PolyCollection
 
     num_stages = len(timeline.stages)
-    num_splits = timeline.num_splits
-    axes.set(xlim=(0, length or 1), ylim=(num_stages - 0.5, -0.5))
+    pitch = _pitch(timeline)
+    axes.set(xlim=(0, length or 1), ylim=(num_stages * pitch - 0.5, -0.5))
     points = axes.get_position().width * figure.get_size_inches()[0] * 72 / (length or 1)
     boxes, colors, stripes = [], [], []
-    for stage, spans in enumerate(timeline.stages):
+    rows = list(_rows(timeline))
+    for row in rows:
         axes.axhspan(
-            stage - _BAR_HEIGHT / 2, stage + _BAR_HEIGHT / 2, color=_IDLE, linewidth=0, zorder=0
-        )
-        for span in spans:
-            boxes.append(_box(span, stage, 1.0))
-            colors.append(palette.fill(span.action, num_splits))
-            if span.action.chunk > 0:
-                stripes.append(_box(span, stage, span.action.chunk / timeline.num_chunks * 0.36))
-            _write_label(axes, timeline, span, stage, points)
-        idle = f"{timeline.idle_ratio(stage):.1%} idle"
+            row.middle - row.height / 2, row.middle + row.height / 2, color=_IDLE, linewidth=0,
+            zorder=0,
+        )  # fmt: skip
+        for span in row.spans:
+            boxes.append(_box(span, row, 1.0))
+            colors.append(palette.fill(span.action, timeline.num_splits))
+            if row.is_stage and span.action.chunk > 0:
+                stripes.append(_box(span, row, span.action.chunk / timeline.num_chunks * 0.36))
+            _write_label(axes, timeline, span, row, points)
         axes.text(
-            1.006, stage, idle, transform=axes.get_yaxis_transform(), va="center", color=_GRAY,
-            fontsize=8,
+            1.006, row.middle, row.note, transform=axes.get_yaxis_transform(), va="center",
+            color=_GRAY, fontsize=8 if row.is_stage else _SMALL,
         )  # fmt: skip
     edge = 0.5 if len(boxes) < 3000 else 0.0
     axes.add_collection(
@@ -103,8 +108,11 @@ def _draw_stages(axes: "Axes", timeline: Timeline, length: float, figure: "Figur
     axes.add_collection(
         PolyCollection(stripes, facecolors="#11182755", edgecolors="none", zorder=2)
     )
-    axes.set_yticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
-    axes.tick_params(axis="both", length=0, labelbottom=True)
+    stages, lanes = ([row for row in rows if row.is_stage is kind] for kind in (True, False))
+    axes.set_yticks([row.middle for row in stages], [row.name for row in stages])
+    axes.set_yticks([row.middle for row in lanes], [row.name for row in lanes], minor=True)
+    axes.tick_params(axis="both", which="both", length=0, labelbottom=True)
+    axes.tick_params(axis="y", which="minor", labelsize=_SMALL, labelcolor=_GRAY)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.set_title(
         f"{timeline.name}    step {timeline.time(timeline.length)}    "
@@ -116,22 +124,50 @@ def _draw_stages(axes: "Axes", timeline: Timeline, length: float, figure: "Figur
     )
 
 
-def _box(span: Span, stage: int, part: float) -> list[tuple[float, float]]:
+class _Row(NamedTuple):
+    """A row of bars: its middle and height in rows of a stage, and what stands beside it."""
+
+    spans: tuple[Span, ...]
+    middle: float
+    height: float
+    name: str
+    note: str
+    is_stage: bool
+
+
+def _pitch(timeline: Timeline) -> float:
+    """Return how many rows a stage takes, with its copies."""
+    return 1.0 + (len(LANES) * _LANE_PITCH + _LANE_GAP if timeline.copies else 0.0)
+
+
+def _rows(timeline: Timeline) -> Iterator[_Row]:
+    for stage, spans in enumerate(timeline.stages):
+        middle = stage * _pitch(timeline)
+        idle = f"{timeline.idle_ratio(stage):.1%} idle"
+        yield _Row(spans, middle, _BAR_HEIGHT, f"stage {stage}", idle, True)
+        for lane, copies in enumerate(timeline.copies[stage] if timeline.copies else ()):
+            below = middle + 0.5 + (lane + 0.5) * _LANE_PITCH
+            busy = f"{timeline.copying_ratio(stage, lane):.1%} busy"
+            yield _Row(copies, below, _LANE_HEIGHT, LANES[lane], busy, False)
+
+
+def _box(span: Span, row: _Row, part: float) -> list[tuple[float, float]]:
     """Return the corners of a bar, or of the lowest ``part`` of it."""
-    bottom = stage + _BAR_HEIGHT / 2
-    top = bottom - _BAR_HEIGHT * part
+    bottom = row.middle + row.height / 2
+    top = bottom - row.height * part
     return [(span.start, bottom), (span.start, top), (span.end, top), (span.end, bottom)]
 
 
-def _write_label(axes: "Axes", timeline: Timeline, span: Span, stage: int, points: float) -> None:
+def _write_label(axes: "Axes", timeline: Timeline, span: Span, row: _Row, points: float) -> None:
     room = (span.end - span.start) * points
     label = timeline.label(span.action)
     upright = len(label) * _POINTS_PER_LETTER + 2 > room
-    if room < _POINTS_PER_LETTER * 1.6:
+    if room < _POINTS_PER_LETTER * 1.6 or (upright and not row.is_stage):
         return
     axes.text(
-        (span.start + span.end) / 2, stage, label, ha="center", va="center",
-        fontsize=min(8.0, room * 0.9), rotation=90 if upright else 0,
+        (span.start + span.end) / 2, row.middle, label, ha="center",
+        va="center" if row.is_stage else "center_baseline",
+        fontsize=min(8.0 if row.is_stage else _SMALL, room * 0.9), rotation=90 if upright else 0,
         color=palette.ink(span.action), zorder=3, clip_on=True,
     )  # fmt: skip
 
@@ -187,6 +223,16 @@ def _draw_legend(figure: "Figure", timelines: Sequence[Timeline]) -> None:
         for kind, name in names.items()
         if kind in kinds
     ]
+    copies = [
+        span.action
+        for line in timelines
+        for lanes in line.copies
+        for lane in lanes
+        for span in lane
+    ]
+    for name, is_load in (("chunk loaded", True), ("gradients out", False)):
+        found = [action for action in copies if action.kind.is_load is is_load]
+        entries += [Patch(facecolor=palette.fill(action, 1), label=name) for action in found[:1]]
     entries.append(Patch(facecolor=_IDLE, label="idle"))
     num_chunks = max(timeline.num_chunks for timeline in timelines)
     if num_chunks > 1:

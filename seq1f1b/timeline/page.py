@@ -1,10 +1,11 @@
 """Timelines as one HTML page that needs nothing else."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
+from seq1f1b.schedule import Span
 from seq1f1b.timeline import palette
 from seq1f1b.timeline.model import Timeline
 
@@ -25,15 +26,18 @@ def _data(timeline: Timeline) -> dict[str, Any]:
     """Return what the page's script reads; a span is an array to keep the file small."""
     num_splits = timeline.num_splits
     colors: dict[str, int] = {}
-    stages = []
-    for spans in timeline.stages:
-        rows = []
+
+    def rows(spans: Iterable[Span]) -> list[list[Any]]:
+        found = []
         for action, start, end in spans:
             color = f"{palette.fill(action, num_splits)} {palette.ink(action)}"
             number = colors.setdefault(color, len(colors))
             kind, chunk, micro_batch, sub_sequence = action
-            rows.append([kind.value, chunk, micro_batch, sub_sequence, start, end, number])
-        stages.append(rows)
+            found.append([kind.value, chunk, micro_batch, sub_sequence, start, end, number])
+        return found
+
+    stages = [rows(spans) for spans in timeline.stages]
+    copies = [[rows(lane) for lane in lanes] for lanes in timeline.copies]
     return {
         "name": timeline.name,
         "seconds": timeline.seconds,
@@ -45,6 +49,11 @@ def _data(timeline: Timeline) -> dict[str, Any]:
         "splits": num_splits,
         "colors": [color.split() for color in colors],
         "stages": stages,
+        "copies": copies,
+        "copying": [
+            [timeline.copying_ratio(stage, lane) for lane in range(len(lanes))]
+            for stage, lanes in enumerate(timeline.copies)
+        ],
         "memory": timeline.memory,
         "memoryUnit": timeline.memory_unit,
     }

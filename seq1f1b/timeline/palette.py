@@ -1,4 +1,7 @@
-"""Colours: a hue per micro-batch, lighter forwards, darker backwards, a shade per sub-sequence."""
+"""Colours: a hue per micro-batch, lighter forwards, darker backwards, a shade per sub-sequence.
+
+Copies of model chunks, which are of no micro-batch, have one colour for each direction.
+"""
 
 import math
 from typing import NamedTuple
@@ -24,8 +27,13 @@ _TONES = {
 }
 
 
+_LOAD, _FREE, _LIGHT = "#1f6f78", "#8a5a12", "#ffffff"
+
+
 def fill(action: Action, num_splits: int) -> str:
-    """Return the colour of a computation as ``#rrggbb``."""
+    """Return the colour of a computation or copy as ``#rrggbb``."""
+    if not action.kind.is_compute:
+        return _LOAD if action.kind.is_load else _FREE
     tone = _TONES[action.kind]
     depth = action.sub_sequence / (num_splits - 1) if num_splits > 1 else 0.35
     lightness = tone.lightest + (tone.darkest - tone.lightest) * depth
@@ -34,7 +42,7 @@ def fill(action: Action, num_splits: int) -> str:
 
 def ink(action: Action) -> str:
     """Return the colour of a label on ``fill``."""
-    return _TONES[action.kind].ink
+    return _TONES[action.kind].ink if action.kind.is_compute else _LIGHT
 
 
 def _oklch(lightness: float, chroma: float, hue: float) -> str:

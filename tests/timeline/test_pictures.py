@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from seq1f1b.schedule import Action, Kind, interleaved, one_f_one_b
 from seq1f1b.timeline import Span, Timeline, chrome_trace, html_page, palette
 from seq1f1b.timeline.figure import save_figure
-from tests.timeline.drawn import planned
+from tests.timeline.drawn import planned, with_copies
 
 PLAN = planned(one_f_one_b(3, 4, 2))
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,6 +54,44 @@ def test_a_chrome_trace_has_every_action_once():
     assert any(event["ph"] == "C" and event["args"]["held"] > 0 for event in events)
 
 
+def test_copies_are_threads_of_a_chrome_trace_below_their_stage():
+    timeline = with_copies()
+    events = chrome_trace([timeline])["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    places = {e["tid"]: e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
+    assert [names[tid] for tid in sorted(names, key=places.get)] == [
+        *("stage 0", "stage 0 in", "stage 0 out"),
+        *("stage 1", "stage 1 in", "stage 1 out"),
+    ]
+    drawn = [(names[e["tid"]], e["name"]) for e in events if e["ph"] == "X"]
+    for stage, lanes in enumerate(timeline.copies):
+        for lane, copies in zip(("in", "out"), lanes, strict=True):
+            assert [name for thread, name in drawn if thread == f"stage {stage} {lane}"] == [
+                str(span.action) for span in copies
+            ]
+
+
+def test_a_step_with_copies_lasts_until_the_last_of_them():
+    timeline = with_copies()
+    last = max(span.end for spans in timeline.stages for span in spans)
+    assert timeline.length == pytest.approx(last + 0.75)
+    # 3 loads and 2 gradients of 0.75
+    assert timeline.copying_ratio(0, 0) == pytest.approx(3 * 0.75 / timeline.length)
+    assert timeline.copying_ratio(1, 1) == pytest.approx(2 * 0.75 / timeline.length)
+    assert timeline.num_chunks == 2
+
+
+def test_an_svg_has_a_row_for_each_direction_of_copies(tmp_path):
+    path = tmp_path / "copies.svg"
+    save_figure([with_copies()], path)
+    texts = [
+        "".join(node.itertext()).strip() for node in ElementTree.parse(path).iter(f"{SVG}text")
+    ]
+    assert (texts.count("in"), texts.count("out")) == (2, 2)
+    assert {"chunk loaded", "gradients out", "stage 1"} <= set(texts)
+    assert sum("% busy" in text for text in texts) == 4
+
+
 def brightness(color: str) -> float:
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -68,6 +106,10 @@ def test_labels_stand_out_and_backwards_are_darker(micro_batch, num_splits, data
         fills[kind] = palette.fill(action, num_splits)
         light, dark = sorted((brightness(fills[kind]), brightness(palette.ink(action))))[::-1]
         assert (light + 0.05) / (dark + 0.05) > 3.0
+    for kind in (Kind.LOAD_F, Kind.LOAD_B, Kind.FREE_B):
+        copy = Action(kind, 0, micro_batch, j)
+        ink, fill = map(brightness, (palette.ink(copy), palette.fill(copy, num_splits)))
+        assert (ink + 0.05) / (fill + 0.05) > 4.5
     assert brightness(fills[Kind.F]) > brightness(fills[Kind.W]) > brightness(fills[Kind.B])
 
 
@@ -113,6 +155,21 @@ def test_a_page_holds_all_and_asks_the_network_for_nothing():
     ]
     assert spans == [list(each) for each in PLAN.stages]
     assert timeline["memory"] == json.loads(json.dumps(PLAN.memory))
+    assert timeline["copies"] == []
+
+
+def test_a_page_holds_copies():
+    timeline = with_copies()
+    (data,) = page_data(html_page([timeline]))["timelines"]
+    copies = [
+        [
+            [Span(Action(Kind(kind), *part[:3]), *part[3:5]) for kind, *part in lane]
+            for lane in lanes
+        ]
+        for lanes in data["copies"]
+    ]
+    assert copies == [[list(lane) for lane in lanes] for lanes in timeline.copies]
+    assert data["copying"][0] == [timeline.copying_ratio(0, lane) for lane in (0, 1)]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -170,7 +227,8 @@ def test_a_browser_draws_every_action_and_follows_the_pointer(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 def test_a_browser_draws_every_action(tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(html_page([PLAN, PLAN]))
+    copies = with_copies()
+    path.write_text(html_page([PLAN, PLAN, copies]))
     options = [
         "--headless",
         "--no-sandbox",
@@ -186,10 +244,13 @@ def test_a_browser_draws_every_action(tmp_path):
             timeout=100,
         )
         if wanted == ["--dump-dom"]:
-            assert int(re.search(r'data-drawn="(\d+)"', run.stdout)[1]) == 2 * 3 * 4 * 2 * 2
+            drawn = int(re.search(r'data-drawn="(\d+)"', run.stdout)[1])
+            assert drawn == 2 * (3 * 4 * 2 * 2) + 2 * 2 * 2 * 2 + 2 * (3 + 2)
     pixels = np.unique(imread(picture)[..., :3].reshape(-1, 3), axis=0)
     seen = {"#" + bytes(pixel).hex() for pixel in (pixels * 255).round().astype(np.uint8)}
     assert {palette.fill(span.action, 2) for spans in PLAN.stages for span in spans} <= seen
+    lanes = [lane for lanes in copies.copies for lane in lanes]
+    assert {palette.fill(span.action, 1) for lane in lanes for span in lane} <= seen
 
 
 def test_the_page_is_beside_the_code_that_fills_it():

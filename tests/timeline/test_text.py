@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from seq1f1b.schedule import interleaved, one_f_one_b
 from seq1f1b.timeline import text_grid
 from tests.schedule.shapes import schedules
-from tests.timeline.drawn import planned
+from tests.timeline.drawn import planned, with_copies
 
 
 def test_a_schedule_reads_from_left_to_right():
@@ -40,3 +40,14 @@ def test_a_width_is_kept():
 
 def test_times_carry_their_unit():
     assert "step 6 s," in text_grid(planned(one_f_one_b(1, 2), seconds=True))
+
+
+def test_copies_stand_below_their_stage():
+    lines = text_grid(with_copies(), width=120).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["stage", "in", "out"] * 2
+    assert {line.rindex("| ") for line in lines[1:]} == {len("stage 0 ") + 120}
+    # chunk 0, then 1, which stays, and 0 again
+    loads = lines[2]
+    assert loads.index("|0") < loads.index("|1") < loads.rindex("|0")
+    gradients = lines[3]
+    assert gradients.index("|1") < gradients.index("|0")
