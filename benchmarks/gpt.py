@@ -188,25 +188,32 @@ def make_part(
     return model.cuda().to(config.params_dtype)
 
 
-def wrap(models: list[GPTModel]) -> list[DistributedDataParallel]:
-    """Put Megatron's data-parallel wrapper, which has the gradient buffers, around each."""
-    return [
-        DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-        for model in models
-    ]
+def wrap(models: list[GPTModel], *, flat_buffers: bool = False) -> list[DistributedDataParallel]:
+    """Put Megatron's data-parallel wrapper, which has the gradient buffers, around each.
+
+    flat_buffers: whether weights lie in flat buffers too, as for the distributed optimizer.
+    """
+    config = DistributedDataParallelConfig(use_distributed_optimizer=flat_buffers)
+    return [DistributedDataParallel(model.config, config, model) for model in models]
 
 
 class Trainer:
     """This rank's chunks under Megatron's data-parallel wrapper, run by any schedule."""
 
     def __init__(
-        self, options: argparse.Namespace, batch: dict[str, Any], session: Session, num_chunks: int
+        self,
+        options: argparse.Namespace,
+        batch: dict[str, Any],
+        session: Session,
+        num_chunks: int,
+        *,
+        flat_buffers: bool = False,
     ) -> None:
         self.options, self.batch, self.session = options, batch, session
         self.cost = token_cost(options)
         models = make_chunks(options, num_chunks)
         self.config = models[0].config
-        self.chunks = wrap(models)
+        self.chunks = wrap(models, flat_buffers=flat_buffers)
         self.config.finalize_model_grads_func = finalize_model_grads
         no_sync = [chunk.no_sync for chunk in self.chunks]
         self.config.no_sync_func = no_sync if num_chunks > 1 else no_sync[0]

@@ -96,6 +96,17 @@ def test_schedules(tmp_path):
     assert 0.6 < peaks["Seq1F1B s=4 average"] / peaks["Megatron 1F1B loop"] < 0.7
 
 
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_offload(tmp_path):
+    sizes = ("--hidden-size", 64, "--length", 64, "--micro-batches", 4, "--rounds", 1)
+    rows = rows_of(tmp_path, "offload.py", *sizes, start=in_two_stages)
+    loads = {row["contender"]: row["loads"] for row in rows}
+    assert list(loads.values()) == [[0, 0], [6, 6], [6, 6], [12, 10], [6, 6]]
+    assert all(row["seconds_median"] >= sum(row["copying_seconds"][0][:1]) for row in rows)
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 def test_families(tmp_path):

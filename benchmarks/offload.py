@@ -1,0 +1,216 @@
+"""Step time with model chunks in host memory over a paced link, and what the simulator says.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/offload.py
+
+Every rank is one pipeline stage, pinned to a core of its own and to one thread. Copies of model
+chunks are paced (--offload-link-gb-per-s): the link is as fast as lets the loads of a step of one
+turn take half as long as the busiest stage computes. All contenders run the same GPT on the same
+micro-batches in one process, in turn (A B C, B C A ...), and medians are compared. Beside each
+stands what the simulator makes of the times of that run's own actions and the bytes of its chunks.
+"""
+
+# ruff: noqa: E402
+
+import argparse
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import megatron.adaptor
+
+session = megatron.adaptor.install()
+
+import torch.distributed as dist
+from gpt import TINY, Trainer, about_model, add_model_arguments, be_a_stage, make_batch
+from report import show, table
+
+from megatron.adaptor.command_line.settings import Settings
+from seq1f1b.schedule import Schedule, num_loads
+from seq1f1b.simulate import Costs, HostLink, simulate
+
+SHARE = 0.5
+"""Of the time that the busiest stage computes, what the loads of a step of one turn take."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How model chunks come to the device; one_turn: of all micro-batches, else of one a stage."""
+
+    name: str
+    visits: bool = True
+    prefetch: bool = True
+    one_turn: bool = True
+    shared: bool = False
+
+
+FIELD = (
+    Contender("all chunks resident", visits=False),
+    Contender("prefetched"),
+    Contender("not prefetched", prefetch=False),
+    Contender("prefetched, default turns", one_turn=False),
+    Contender("prefetched, shared root", shared=True),
+)
+
+
+class Bench:
+    """This rank's stage, and the link that is paced by what all stages compute."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.trainer = Trainer(
+            options, make_batch(options), session, options.chunks, flat_buffers=True
+        )
+        own = [
+            (sum(b.param_data.nbytes for b in buffers), sum(b.grad_data.nbytes for b in buffers))
+            for buffers in (chunk.buffers for chunk in self.trainer.chunks)
+        ]
+        sizes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(sizes, own)
+        self.weights = tuple(tuple(float(w) for w, _ in stage) for stage in sizes)
+        self.gradients = tuple(tuple(float(g) for _, g in stage) for stage in sizes)
+        self.computing = 0.0
+        self.bytes_per_second = 0.0
+
+    def settings(self, contender: Contender) -> Settings:
+        """Return what the flags would say."""
+        options, plain = self.options, self.trainer.settings("1f1b", 1, "average")
+        turn = options.micro_batches if contender.one_turn else dist.get_world_size()
+        if not contender.visits:
+            return replace(plain, turn=turn)
+        return replace(
+            plain,
+            turn=turn,
+            offload_chunks=options.slots,
+            offload_prefetch=contender.prefetch,
+            offload_gb_per_second=self.bytes_per_second / 1e9,
+            offload_roots=(0,) * dist.get_world_size() if contender.shared else None,
+        )
+
+    def step(self, contender: Contender) -> dict[str, Any]:
+        """Run a step and add what the simulator makes of its actions."""
+        options, settings = self.options, self.settings(contender)
+        figures = self.trainer.step(settings, options.micro_batches)
+        schedule = settings.schedule(
+            dist.get_world_size(), options.chunks, options.micro_batches, trains=True
+        )
+        return figures | self.simulated(contender, schedule, Costs.measured(figures["timed"]))
+
+    def simulated(self, contender: Contender, schedule: Schedule, costs: Costs) -> dict[str, Any]:
+        """Return the step time and the time of copies that the simulator gives."""
+        host_link = None
+        if contender.visits:
+            roots = (0,) * schedule.num_stages if contender.shared else None
+            host_link = HostLink(self.weights, self.gradients, self.bytes_per_second, roots)
+        result = simulate(schedule, costs, host_link=host_link)
+        return {
+            "simulated": result.step_time,
+            "copying": result.copying,
+            "loads": [sum(a.kind.is_load for a in actions) for actions in schedule.stages],
+        }
+
+    def pace(self, rounds: int) -> None:
+        """Choose the link's pace by steps with all chunks resident, the first of them to warm up.
+
+        Rank 0's number is everybody's.
+        """
+        runs = [self.step(FIELD[0]) for _ in range(rounds + 1)][1:]
+        self.computing = max(map(statistics.median, zip(*(r["busy"] for r in runs), strict=True)))
+        chunk = max(sum(stage) for stage in self.weights) / self.options.chunks
+        loaded = num_loads(self.options.chunks, self.options.slots) * chunk
+        found = [self.computing, loaded / (SHARE * self.computing)]
+        dist.broadcast_object_list(found)
+        self.computing, self.bytes_per_second = found
+
+    def measure(self) -> list[dict[str, Any]]:
+        """Alternate all contenders and return a row for each."""
+        runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in FIELD}
+        for round_number in range(self.options.rounds):
+            first = round_number % len(FIELD)
+            for contender in (*FIELD[first:], *FIELD[:first]):
+                runs[contender.name].append(self.step(contender))
+        losses = {run["loss"] for each in runs.values() for run in each}
+        assert len(losses) == 1, f"the same micro-batches have losses {sorted(losses)}"
+        busy = [run["busy"] for run in runs[FIELD[0].name]]
+        computing = max(map(statistics.median, zip(*busy, strict=True)))
+        return [self.row(contender, runs[contender.name], computing) for contender in FIELD]
+
+    def row(
+        self, contender: Contender, runs: list[dict[str, Any]], computing: float
+    ) -> dict[str, Any]:
+        """Return medians; ``computing`` is that of the resident steps between the others."""
+        seconds = statistics.median(run["seconds"] for run in runs)
+        simulated = statistics.median(run["simulated"] for run in runs)
+        return {
+            "contender": contender.name,
+            "seconds_median": seconds,
+            "seconds": [run["seconds"] for run in runs],
+            "over_computing": seconds / computing,
+            "simulated_seconds_median": simulated,
+            "simulated_over_computing": simulated / computing,
+            "measured_over_simulated": statistics.median(
+                run["seconds"] / run["simulated"] for run in runs
+            ),
+            "busy_seconds": [
+                statistics.median(column)
+                for column in zip(*(run["busy"] for run in runs), strict=True)
+            ],
+            "loads": runs[-1]["loads"] if contender.visits else [0] * dist.get_world_size(),
+            "copying_seconds": runs[-1]["copying"],
+            "loss": runs[-1]["loss"],
+        }
+
+
+HEADER = (
+    "| contender | s/step | over computing | simulated | measured over simulated | "
+    "computing s by stage | loads by stage | copying s by stage: in + out |\n|" + "---|" * 8
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return ``row`` as a line of the table."""
+    copying = ", ".join(f"{into:.2f} + {out:.2f}" for into, out in row["copying_seconds"])
+    return (
+        f"| {row['contender']} | {row['seconds_median']:.3f} | {row['over_computing']:.2f} | "
+        f"{row['simulated_over_computing']:.2f} | {row['measured_over_simulated']:.3f} | "
+        f"{', '.join(f'{busy:.2f}' for busy in row['busy_seconds'])} | "
+        f"{', '.join(map(str, row['loads']))} | {copying} |"
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser, layers=8, hidden=256)
+    parser.set_defaults(**TINY, length=1024)
+    parser.add_argument("--chunks", type=int, default=4, help="model chunks of a stage")
+    parser.add_argument("--slots", type=int, default=2, help="--offload-model-chunks")
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--note", help="about the machine at the time, for the report")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    options = parser.parse_args()
+    be_a_stage()
+    bench = Bench(options)
+    bench.pace(rounds=2)
+    rows = bench.measure()
+    if dist.get_rank() == 0:
+        about = about_model(
+            options,
+            tokens=options.length,
+            stages=dist.get_world_size(),
+            chunks_a_stage=options.chunks,
+            slots=options.slots,
+            micro_batches=options.micro_batches,
+            link_MB_per_s=round(bench.bytes_per_second / 1e6, 2),
+            threads_a_stage=1,
+            alternating_rounds=options.rounds,
+            **({"note": options.note} if options.note else {}),
+        )
+        show(table(about, HEADER, map(line, rows)), options.output, about, rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
