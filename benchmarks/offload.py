@@ -6,7 +6,8 @@ Every rank is one pipeline stage, pinned to a core of its own and to one thread.
 chunks are paced (--offload-link-gb-per-s): the link is as fast as lets the loads of a step of one
 turn take half as long as the busiest stage computes. All contenders run the same GPT on the same
 micro-batches in one process, in turn (A B C, B C A ...), and medians are compared. Beside each
-stands what the simulator makes of the times of that run's own actions and the bytes of its chunks.
+stands what the simulator makes of the times of that run's own actions and the bytes of its chunks,
+and what it says where all actions of a kind are equal and a backward takes two forwards.
 """
 
 # ruff: noqa: E402
@@ -27,7 +28,7 @@ from report import show, table
 
 from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.schedule import Schedule, num_loads
-from seq1f1b.simulate import Costs, HostLink, simulate
+from seq1f1b.simulate import Costs, HostLink, Simulation, simulate
 
 SHARE = 0.5
 """Of the time that the busiest stage computes, what the loads of a step of one turn take."""
@@ -89,25 +90,34 @@ class Bench:
 
     def step(self, contender: Contender) -> dict[str, Any]:
         """Run a step and add what the simulator makes of its actions."""
-        options, settings = self.options, self.settings(contender)
-        figures = self.trainer.step(settings, options.micro_batches)
-        schedule = settings.schedule(
-            dist.get_world_size(), options.chunks, options.micro_batches, trains=True
-        )
-        return figures | self.simulated(contender, schedule, Costs.measured(figures["timed"]))
-
-    def simulated(self, contender: Contender, schedule: Schedule, costs: Costs) -> dict[str, Any]:
-        """Return the step time and the time of copies that the simulator gives."""
-        host_link = None
-        if contender.visits:
-            roots = (0,) * schedule.num_stages if contender.shared else None
-            host_link = HostLink(self.weights, self.gradients, self.bytes_per_second, roots)
-        result = simulate(schedule, costs, host_link=host_link)
-        return {
+        figures = self.trainer.step(self.settings(contender), self.options.micro_batches)
+        schedule = self.schedule(contender)
+        result = self.simulated(contender, schedule, Costs.measured(figures["timed"]))
+        return figures | {
             "simulated": result.step_time,
             "copying": result.copying,
             "loads": [sum(a.kind.is_load for a in actions) for actions in schedule.stages],
         }
+
+    def schedule(self, contender: Contender) -> Schedule:
+        """Return what a step runs."""
+        options = self.options
+        sizes = dist.get_world_size(), options.chunks, options.micro_batches
+        return self.settings(contender).schedule(*sizes, trains=True)
+
+    def simulated(self, contender: Contender, schedule: Schedule, costs: Costs) -> Simulation:
+        """Return what the simulator says, with the bytes of this model's chunks."""
+        host_link = None
+        if contender.visits:
+            roots = (0,) * schedule.num_stages if contender.shared else None
+            host_link = HostLink(self.weights, self.gradients, self.bytes_per_second, roots)
+        return simulate(schedule, costs, host_link=host_link)
+
+    def equal(self, contender: Contender) -> float:
+        """Return the step over what a stage computes, where it computes in equal actions."""
+        schedule, forward = self.schedule(contender), self.computing / self.options.micro_batches
+        costs = Costs.uniform(schedule, forward=forward / 3, backward=forward * 2 / 3)
+        return self.simulated(contender, schedule, costs).step_time / self.computing
 
     def pace(self, rounds: int) -> None:
         """Choose the link's pace by steps with all chunks resident, the first of them to warm up.
@@ -148,6 +158,7 @@ class Bench:
             "over_computing": seconds / computing,
             "simulated_seconds_median": simulated,
             "simulated_over_computing": simulated / computing,
+            "over_computing_of_equal_actions": self.equal(contender),
             "measured_over_simulated": statistics.median(
                 run["seconds"] / run["simulated"] for run in runs
             ),
@@ -162,8 +173,8 @@ class Bench:
 
 
 HEADER = (
-    "| contender | s/step | over computing | simulated | measured over simulated | "
-    "computing s by stage | loads by stage | copying s by stage: in + out |\n|" + "---|" * 8
+    "| contender | s/step | over computing | simulated | equal actions | measured over simulated | "
+    "computing s by stage | loads by stage | copying s by stage: in + out |\n|" + "---|" * 9
 )
 
 
@@ -172,7 +183,8 @@ def line(row: dict[str, Any]) -> str:
     copying = ", ".join(f"{into:.2f} + {out:.2f}" for into, out in row["copying_seconds"])
     return (
         f"| {row['contender']} | {row['seconds_median']:.3f} | {row['over_computing']:.2f} | "
-        f"{row['simulated_over_computing']:.2f} | {row['measured_over_simulated']:.3f} | "
+        f"{row['simulated_over_computing']:.2f} | {row['over_computing_of_equal_actions']:.2f} | "
+        f"{row['measured_over_simulated']:.3f} | "
         f"{', '.join(f'{busy:.2f}' for busy in row['busy_seconds'])} | "
         f"{', '.join(map(str, row['loads']))} | {copying} |"
     )
