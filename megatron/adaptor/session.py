@@ -10,6 +10,7 @@ from megatron.adaptor.checkpoints.loading import Loading
 from megatron.adaptor.checkpoints.room import Room
 from megatron.adaptor.command_line.model_cost import token_cost
 from megatron.adaptor.command_line.parsing import CommandLine
+from megatron.adaptor.command_line.refusals import refuse
 from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.layers import weight_gradients
 from megatron.adaptor.layers.attention import Attention
@@ -17,6 +18,7 @@ from megatron.adaptor.layers.multi_token_prediction import MultiTokenPrediction
 from megatron.adaptor.layers.positions import Positions
 from megatron.adaptor.layers.router_losses import RouterLosses
 from megatron.adaptor.layers.transformer_engine import EngineConfiguration
+from megatron.adaptor.offload import host_memory
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.ranks import Ranks
 from megatron.adaptor.reports.console import print_first
@@ -91,6 +93,9 @@ class Session:
         if self.only_checks_flags:
             print_first(f"> flags accepted for {args.world_size} ranks")
             sys.exit(0)
+        too_little = host_memory.shortage(args, settings)
+        # The first rank of each machine says so, because other machines may have more.
+        refuse([too_little] if too_little else [], args.local_rank)
         self._settings, self.args = settings, args
         self._apply(settings)
 
