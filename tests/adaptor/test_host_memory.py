@@ -1,22 +1,27 @@
 """A model that a machine's memory cannot keep is refused, with numbers, before ranks meet."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.programs import ask
 
-# Reads [flags, GiB that are available, environment] and answers with how the command line ended.
+# Reads files that stand for those of control groups, and answers with what is left in the groups;
+# then [flags, GiB that are available, environment], and answers with how the command line ended.
 _PROGRAM = """
 import json, os, sys
+from pathlib import Path
 from megatron.adaptor import install
 install()
 import torch
 from megatron.adaptor.offload import host_memory
 from megatron.training.arguments import parse_args, validate_args
+files, cases = json.loads(sys.stdin.read())
+left = [list(host_memory.left_in_groups(*map(Path, pair))) for pair in files]
 answers = []
-for argv, gib, environ in json.loads(sys.stdin.read()):
+for argv, gib, environ in cases:
     os.environ.update(environ)
     host_memory.available_bytes = lambda: gib * 2**30
     sys.argv = ["script", *argv]
@@ -25,7 +30,7 @@ for argv, gib, environ in json.loads(sys.stdin.read()):
         answers.append("ok")
     except SystemExit as error:
         answers.append([error.code, torch.distributed.is_initialized()])
-print("ANSWER" + json.dumps(answers))
+print("ANSWER" + json.dumps([left, answers]))
 """
 _LLAMA_2_7B = shlex.split(
     "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --swiglu "
@@ -76,8 +81,32 @@ CASES: dict[str, tuple[list[str], float, dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, Any]:
-    return dict(zip(CASES, ask(_PROGRAM, list(CASES.values())), strict=True))
+def found(tmp_path_factory) -> Any:
+    files = groups(tmp_path_factory.mktemp("groups"))
+    return ask(_PROGRAM, [files, list(CASES.values())])
+
+
+@pytest.fixture(scope="module")
+def answers(found) -> dict[str, Any]:
+    return dict(zip(CASES, found[1], strict=True))
+
+
+def groups(folder: Path) -> list[list[str]]:
+    """Write what version 2, version 1 and no control group at all look like."""
+    two, one = folder / "two", folder / "one"
+    (two / "job" / "rank").mkdir(parents=True)
+    (one / "memory" / "job").mkdir(parents=True)
+    for group, limit, used in ((two / "job", "1000", 300), (two / "job" / "rank", "max", 200)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text("anon 100\ninactive_file 50\nactive_file 7\n")
+    (one / "memory" / "job" / "memory.limit_in_bytes").write_text("500\n")
+    (one / "memory" / "job" / "memory.usage_in_bytes").write_text("400\n")
+    (one / "memory" / "job" / "memory.stat").write_text("cache 90\ntotal_inactive_file 30\n")
+    (folder / "of two").write_text("0::/job/rank\n")
+    (folder / "of one").write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
+    pairs = ((two, "of two"), (one, "of one"), (two, "no file"))
+    return [[str(mounted), str(folder / name)] for mounted, name in pairs]
 
 
 @pytest.mark.parametrize(
@@ -115,31 +144,6 @@ def test_one_rank_of_a_machine_speaks(answers):
     assert answers["too little, as another rank sees it"] == [2, False]
 
 
-_GROUPS = """
-import json, sys
-from pathlib import Path
-from megatron.adaptor import install
-install()
-from megatron.adaptor.offload.host_memory import left_in_groups
-found = [list(left_in_groups(*map(Path, pair))) for pair in json.load(sys.stdin)]
-print("ANSWER" + json.dumps(found))
-"""
-
-
-def test_limits_of_control_groups_count(tmp_path):
-    """Those of version 2 and of version 1, above the own group too; cached files do not count."""
-    two, one = tmp_path / "two", tmp_path / "one"
-    (two / "job" / "rank").mkdir(parents=True)
-    (one / "memory" / "job").mkdir(parents=True)
-    for folder, limit, used in ((two / "job", "1000", 300), (two / "job" / "rank", "max", 200)):
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text("anon 100\ninactive_file 50\nactive_file 7\n")
-    (one / "memory" / "job" / "memory.limit_in_bytes").write_text("500\n")
-    (one / "memory" / "job" / "memory.usage_in_bytes").write_text("400\n")
-    (one / "memory" / "job" / "memory.stat").write_text("cache 90\ntotal_inactive_file 30\n")
-    (tmp_path / "of two").write_text("0::/job/rank\n")
-    (tmp_path / "of one").write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
-    pairs = [[two, tmp_path / "of two"], [one, tmp_path / "of one"], [two, tmp_path / "no file"]]
-    found = ask(_GROUPS, [[str(path) for path in pair] for pair in pairs])
-    assert found == [[1000 - 300 + 50], [500 - 400 + 30], []]
+def test_limits_of_control_groups_count(found):
+    """Those above the own group too; files that are only cached do not."""
+    assert found[0] == [[1000 - 300 + 50], [500 - 400 + 30], []]
