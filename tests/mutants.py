@@ -40,6 +40,7 @@ class Mutant:
 _ATTENTION = "tests/attention"
 _EXECUTOR = "tests/runtime/test_executor.py"
 _CONTRACT = "tests/distributed/test_contract.py"
+_OFFLOAD = "tests/distributed/test_offload.py -k bit_for_bit"
 _FEATURES = "tests/distributed/test_megatron_gradients.py -k every_feature"
 MUTANTS = (
     Mutant(
@@ -165,6 +166,27 @@ MUTANTS = (
         "                self.forward_steps.check()\n",
         "",
         f"{_CONTRACT} -k exact_or_refused",
+    ),
+    Mutant(
+        "a load does not wait for its model chunk's update",
+        "megatron/adaptor/offload/slots.py",
+        "        self._updates.settle(self._chunks[chunk])\n",
+        "",
+        _OFFLOAD,
+    ),
+    Mutant(
+        "gradients are dropped before their update",
+        "megatron/adaptor/offload/updates.py",
+        "return None if self._waiting else original(optimizer, *args, **kwargs)",
+        "return original(optimizer, *args, **kwargs)",
+        _OFFLOAD,
+    ),
+    Mutant(
+        "gradients are zeroed before their update",
+        "megatron/adaptor/offload/updates.py",
+        "if any(buffer is held for waiting in self._waiting.values() for held in waiting.buffers):",
+        "if False:",
+        _OFFLOAD,
     ),
 )
 

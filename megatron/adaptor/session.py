@@ -19,6 +19,7 @@ from megatron.adaptor.layers.positions import Positions
 from megatron.adaptor.layers.router_losses import RouterLosses
 from megatron.adaptor.layers.transformer_engine import EngineConfiguration
 from megatron.adaptor.offload import host_memory
+from megatron.adaptor.offload.updates import Updates
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.ranks import Ranks
 from megatron.adaptor.reports.console import print_first
@@ -42,6 +43,7 @@ class Session:
         self.meter = StepMeter(self.context, device)
         self.attention = Attention(self.context)
         self.router_losses = RouterLosses(self.context)
+        self.updates = Updates(lambda: self.settings)
         self.loop = Loop(self)
         self.args: argparse.Namespace | None = None
         self.request: Request | None = None
@@ -120,6 +122,7 @@ class Session:
             *Helpers(lambda: self.args).patches(),
             *Loading(lambda: self.args).patches(),
             *Room(lambda: self.args).patches(),
+            *self.updates.patches(),
             *self.loop.patches(),
             *self.meter.patches(),
             *IterationLog(self.meter, lambda: self.settings, lambda: self.args).patches(),

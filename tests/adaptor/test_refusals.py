@@ -45,6 +45,7 @@ _BASE = shlex.split(
 _OFFLOAD = (
     "--num-virtual-stages-per-pipeline-rank 2 --offload-model-chunks 1 --use-distributed-optimizer"
 )
+_LATE = f"{_OFFLOAD} --offload-just-in-time-updates"
 _EXPERTS = "--num-experts 4 --disable-bias-linear"
 
 # flags, values set after parsing, and what the refusal says
@@ -133,6 +134,15 @@ CASES: list[tuple[str, dict[str, object], str]] = [
         "--offload-model-chunks cannot go with --seq1f1b-schedule greedy",
     ),
     ("--offload-prefetch", {}, "--offload-prefetch goes with --offload-model-chunks only"),
+    (
+        "--offload-just-in-time-updates",
+        {},
+        "--offload-just-in-time-updates goes with --offload-model-chunks only",
+    ),
+    (f"{_LATE} --optimizer sgd", {}, "--optimizer sgd does not update chunk by chunk"),
+    (_LATE, {"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer cannot go"),
+    (_LATE, {"optimizer_cuda_graph": True}, "--optimizer-cuda-graph cannot go with"),
+    (f"{_LATE} --save-params-interval 2", {}, "--save-params-interval cannot go with"),
     ("--offload-link-gb-per-s 8", {}, "--offload-link-gb-per-s goes with --offload-model-chunks"),
     (
         f"{_OFFLOAD} --offload-link-roots 0,0",

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,6 +12,10 @@ import torch
 
 from tests.distributed.layouts import Layout
 from tests.distributed.megatron_model import (
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    VOCAB,
     Case,
     _forward_step,
     _reader,
@@ -19,9 +25,17 @@ from tests.distributed.megatron_model import (
     whole_model,
 )
 
+_SECONDS_LATE = 0.004
+
 
 class Visits(NamedTuple):
-    """What one rank's run was: hash of all weights, losses, norms, and what the copies counted."""
+    """What one rank's run was: hash of all weights, losses, norms, and what the copies counted.
+
+    buffer_bytes: weights and gradients of all chunks; largest_bytes: of the largest one, of each
+    kind. device_bytes: what they took of the device outside of the steps and in the optimizer.
+    host_bytes: of all tensors that stay, and estimated_bytes of those. late: steps that ended with
+    updates under way.
+    """
 
     weights: str
     losses: list[float]
@@ -30,7 +44,12 @@ class Visits(NamedTuple):
     weights_in: int
     gradients_in: int
     gradients_out: int
-    slot_bytes: int
+    buffer_bytes: int
+    largest_bytes: int
+    device_bytes: set[int]
+    host_bytes: int
+    estimated_bytes: float
+    late: int
 
 
 def train(
@@ -38,23 +57,27 @@ def train(
     *,
     slots: int = 0,
     prefetch: bool = False,
+    just_in_time: bool = False,
     turn: int | None = None,
     bf16: bool = False,
-    steps: int = 3,
+    steps: int = 10,
     evaluates: bool = False,
     moves: bool = False,
+    fails: bool = False,
     pace: float | None = None,
     roots: tuple[int, ...] | None = None,
 ) -> Visits:
     """Run ``steps`` of AdamW on this rank's part of ``case``; slots: 0 keeps chunks resident.
 
-    pace, roots: of the link, in GB/s.
-    evaluates: whether forwards without backwards run between the steps. moves: whether slots are
-    swapped between a chunk's forward and backward, which must not train the same.
+    Learning rate and weight decay change with every step. just_in_time: updates are behind the next
+    step, and slow. evaluates: whether forwards without backwards run between the steps. moves:
+    whether slots are swapped between a chunk's forward and backward, which must not train the same.
+    fails: whether updates behind the next step raise. pace, roots: of the link, in GB/s.
     """
     from megatron.adaptor import install
 
     session = install()
+    from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -67,13 +90,14 @@ def train(
         turn=turn,
         offload_chunks=slots,
         offload_prefetch=prefetch,
+        offload_just_in_time=just_in_time,
         offload_gb_per_second=pace,
         offload_roots=roots,
         poison=slots > 0,
     )
     case.layout.enter(case.num_chunks)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": bf16}
+    ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": bf16} | case.ddp
     chunks = stage_chunks(replace(case, ddp=ddp), whole, dtype)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -88,14 +112,15 @@ def train(
         chunks,
         use_gloo_process_groups=False,
     )
-    data, losses, norms, loads = micro_batches(case), [], [], []
+    mine = micro_batches(case)[parallel_state.get_data_parallel_rank() :: case.replicas]
+    losses, norms, loads, device_bytes, late = [], [], [], set(), 0
     traffic = module.Traffic()
     step = get_forward_backward_func()
 
     def run(*, forward_only: bool) -> Any:
         return step(
             forward_step_func=_forward_step(case),
-            data_iterator=[_reader(case, data) for _ in chunks],
+            data_iterator=[_reader(case, mine) for _ in chunks],
             model=chunks,
             num_microbatches=case.num_micro_batches,
             seq_length=case.length,
@@ -103,11 +128,21 @@ def train(
             forward_only=forward_only,
         )
 
-    with _moved(module.ChunkSlots) if moves else contextlib.nullcontext():
-        for _ in range(steps):
+    def weigh(*_: Any) -> None:
+        if slots and session.loop._slots_of == chunks:
+            device_bytes.add(_device_bytes(chunks, session.loop._slots))
+
+    for one in optimizer.chained_optimizers:
+        one.optimizer.register_step_pre_hook(weigh)
+    with (
+        _moved(module.ChunkSlots) if moves else contextlib.nullcontext(),
+        _slow_updates(fails=fails),
+    ):
+        for number in range(steps):
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
+            weigh()
             reports = run(forward_only=False)
             losses.append(float(sum(report["lm loss"][0] for report in reports)))
             assert session.meter.last is not None
@@ -116,10 +151,14 @@ def train(
                 loads.append(traffic.loads)
             _, norm, _ = optimizer.step()
             norms.append(float(norm))
+            late += any(session.updates.are_under_way(chunk) for chunk in chunks)
+            weigh()
+            for group in optimizer.param_groups:
+                group["lr"], group["weight_decay"] = 1e-2 * 0.8**number, 0.01 * (number + 2)
             if evaluates:
                 reports = run(forward_only=True)
                 losses.append(float(sum(report["lm loss"][0] for report in reports)))
-    own = session.loop._slots if slots else None
+        session.updates.settle_all()
     return Visits(
         _hash(chunks),
         losses,
@@ -128,7 +167,15 @@ def train(
         traffic.weights_in,
         traffic.gradients_in,
         traffic.gradients_out,
-        own.num_bytes if own else _resident_bytes(chunks),
+        sum(_bytes(buffer) for chunk in chunks for buffer in _buffers(chunk)),
+        sum(
+            max((sum(map(_bytes, getattr(chunk, kind))) for chunk in chunks), default=0)
+            for kind in ("buffers", "expert_parallel_buffers")
+        ),
+        device_bytes,
+        _host_bytes(chunks, optimizer),
+        _estimated_bytes(case, bf16=bf16),
+        late,
     )
 
 
@@ -141,9 +188,87 @@ def _hash(chunks: list[Any]) -> str:
     return digest.hexdigest()
 
 
-def _resident_bytes(chunks: list[Any]) -> int:
-    buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    return sum(b.param_data.nbytes + b.grad_data.nbytes for b in buffers)
+def _buffers(chunk: Any) -> list[Any]:
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _bytes(buffer: Any) -> int:
+    return buffer.param_data.nbytes + buffer.grad_data.nbytes
+
+
+def _device_bytes(chunks: list[Any], slots: Any) -> int:
+    """Weigh the slots and everything that a parameter points to outside of its home."""
+    home = {
+        tensor.untyped_storage().data_ptr()
+        for chunk in chunks
+        for buffer in _buffers(chunk)
+        for tensor in (buffer.param_data, buffer.grad_data)
+    }
+    held = [t for chunk in chunks for p in chunk.parameters() for t in (p.data, p.main_grad)]
+    storages = {t.untyped_storage().data_ptr(): t for t in (*held, *slots.tensors)}
+    return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in home)
+
+
+def _host_bytes(chunks: list[Any], optimizer: Any) -> int:
+    """Weigh the home of all chunks, and what the optimizer keeps of them."""
+    tensors = [t for c in chunks for b in _buffers(c) for t in (b.param_data, b.grad_data)]
+    for one in optimizer.chained_optimizers:
+        for group in one.optimizer.param_groups:
+            tensors += group["params"]
+        for state in one.optimizer.state.values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _estimated_bytes(case: Case, *, bf16: bool) -> float:
+    from megatron.core import parallel_state
+
+    from megatron.adaptor.offload.host_memory import host_bytes
+    from seq1f1b.planner.resolve import resolve
+
+    options = {
+        "num_layers": case.layers,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "group_query_attention": True,
+        "num_query_groups": GROUPS,
+        "seq_length": case.length,
+        "padded_vocab_size": VOCAB,
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": not case.tied,
+        "pipeline_model_parallel_size": case.num_stages,
+        "num_virtual_stages_per_pipeline_rank": case.num_chunks,
+        "tensor_model_parallel_size": case.tensor,
+        "global_batch_size": case.num_stages * case.replicas,
+        "use_distributed_optimizer": True,
+        "bf16": bf16,
+    }
+    if case.experts:
+        options |= {"num_experts": 4, "moe_router_topk": 2, "add_bias_linear": False}
+    setting = resolve(options, num_gpus=case.num_ranks)
+    return host_bytes(setting, [parallel_state.get_pipeline_model_parallel_rank()])
+
+
+@contextlib.contextmanager
+def _slow_updates(*, fails: bool) -> Iterator[None]:
+    """Let updates that are behind the next step take longer than its first action, or raise."""
+    from megatron.core.optimizer import DistributedOptimizer
+
+    step = DistributedOptimizer.step_with_ready_grads
+
+    def slowly(optimizer: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(_SECONDS_LATE)
+            if fails:
+                raise RuntimeError("cosmic ray")
+        return step(optimizer)
+
+    DistributedOptimizer.step_with_ready_grads = slowly
+    try:
+        yield
+    finally:
+        DistributedOptimizer.step_with_ready_grads = step
 
 
 @contextlib.contextmanager

@@ -140,6 +140,13 @@ def _add_offload_arguments(group: Any) -> None:
         "free, not before the computation that needs it.",
     )
     group.add_argument(
+        "--offload-just-in-time-updates",
+        action="store_true",
+        help="With --offload-model-chunks: let the optimizer update each chunk in a thread of its "
+        "own, while chunks before it go forward in the next step; a load waits for its chunk's "
+        "update. Clipping and the results are the same. Leave cores for it.",
+    )
+    group.add_argument(
         "--offload-link-gb-per-s",
         type=float,
         default=None,

@@ -237,6 +237,7 @@ _OFFLOAD = (
 )
 _DROPS = "drops other tokens of a sub-sequence than of the whole: leave it out, and none is dropped"
 _NOT_OFFLOADED = "cannot go with --offload-model-chunks: leave one of them out"
+_NOT_LATE = "cannot go with --offload-just-in-time-updates: leave one of them out"
 _RECORDS = (
     "records each forward of the model, which with sub-sequences is not that of a micro-batch: "
     "leave it out, or use --seq1f1b-splits 1"
@@ -293,6 +294,13 @@ def _offloads(name: str) -> Applies:
     """Whether model chunks visit the device and an argument has a value."""
     return lambda arguments: (
         arguments.settings.offload_chunks > 0 and bool(getattr(arguments.args, name, None))
+    )
+
+
+def _updates_late(name: str) -> Applies:
+    """Whether updates run behind the next step and an argument has a value."""
+    return lambda arguments: (
+        arguments.settings.offload_just_in_time and bool(getattr(arguments.args, name, None))
     )
 
 
@@ -397,6 +405,12 @@ TABLE: tuple[Refusal, ...] = (
         Scope.ALWAYS,
     ),
     Refusal(
+        "--offload-just-in-time-updates",
+        lambda a: a.settings.offload_just_in_time and a.settings.offload_chunks == 0,
+        "goes with --offload-model-chunks only",
+        Scope.ALWAYS,
+    ),
+    Refusal(
         "--offload-link-gb-per-s",
         lambda a: a.settings.offload_gb_per_second is not None and a.settings.offload_chunks == 0,
         "goes with --offload-model-chunks only",
@@ -406,6 +420,30 @@ TABLE: tuple[Refusal, ...] = (
         "--offload-link-roots",
         lambda a: a.settings.offload_roots is not None and a.settings.offload_gb_per_second is None,
         "goes with --offload-link-gb-per-s only",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--optimizer",
+        lambda a: a.settings.offload_just_in_time and a.args.optimizer != "adam",
+        lambda a: (
+            f"{a.args.optimizer} does not update chunk by chunk: leave "
+            "--offload-just-in-time-updates out, or use adam"
+        ),
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--use-precision-aware-optimizer",
+        _updates_late("use_precision_aware_optimizer"),
+        _NOT_LATE,
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--optimizer-cuda-graph", _updates_late("optimizer_cuda_graph"), _NOT_LATE, Scope.ALWAYS
+    ),
+    Refusal(
+        "--save-params-interval",
+        _updates_late("save_params_interval"),
+        f"{_NOT_LATE}: it reads weights that are not updated yet",
         Scope.ALWAYS,
     ),
     Refusal(

@@ -43,6 +43,7 @@ class Settings:
     stages. turn: sub-sequences that go through a model chunk before the next; None for as many as
     stages, or with offloading all. offload_chunks: model chunks that the device holds at a time; 0
     if they stay there. offload_prefetch: whether they are loaded as soon as there is room.
+    offload_just_in_time: whether each is updated no sooner than its next load.
     offload_gb_per_second: the pace of their copies; None for as fast as can be. offload_roots: for
     each stage the number of the link that it shares with others. poison: whether memory that they
     leave is filled with NaN, for tests.
@@ -67,6 +68,7 @@ class Settings:
     turn: int | None = None
     offload_chunks: int = 0
     offload_prefetch: bool = False
+    offload_just_in_time: bool = False
     offload_gb_per_second: float | None = None
     offload_roots: tuple[int, ...] | None = None
     poison: bool = False
@@ -184,6 +186,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         turn=_turn(args, num_splits),
         offload_chunks=args.offload_model_chunks,
         offload_prefetch=args.offload_prefetch,
+        offload_just_in_time=args.offload_just_in_time_updates,
         offload_gb_per_second=args.offload_link_gb_per_s,
         offload_roots=args.offload_link_roots,
     )

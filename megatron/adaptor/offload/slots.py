@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.adaptor.offload.link import Direction, DirectLink, Link
+from megatron.adaptor.offload.updates import Updates
 from seq1f1b.schedule import Action, Kind, Schedule, residencies
 
 
@@ -45,7 +46,8 @@ class ChunkSlots:
     The flat buffers of Megatron's distributed optimizer are the chunks' home. A slot has room for
     the largest buffer of each kind (dtypes, experts or not). ``load`` copies a chunk into its slot
     and points its parameters there; ``free`` takes gradients home and points back. Optimizer,
-    reductions and checkpoints see the home only. poison: whether freed memory is filled with NaN.
+    reductions and checkpoints see the home only. updates: of the home, for which a load waits.
+    poison: whether freed memory is filled with NaN.
 
     Raises ValueError when a chunk has parameters to train outside of its buffers.
     """
@@ -54,10 +56,12 @@ class ChunkSlots:
         self,
         chunks: Sequence[Any],
         num_slots: int,
+        updates: Updates,
         *,
         link: Link | None = None,
         poison: bool = False,
     ) -> None:
+        self._chunks, self._updates = chunks, updates
         self._link = link or DirectLink()
         self._buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in chunks]
         self._poison = poison
@@ -117,6 +121,7 @@ class ChunkSlots:
         """
         chunk, slot = action.chunk, self._slot_of[action.chunk]
         assert slot not in self._there.values(), f"{action}: slot {slot} is taken: {self._there}"
+        self._updates.settle(self._chunks[chunk])
         self._there[chunk] = slot
         self.traffic.loads += 1
         needs_gradients = self._going_backward[action]
@@ -157,6 +162,8 @@ class ChunkSlots:
         if action.kind is Kind.FREE_F:
             self._spoil(places)
             return
+        under_way = self._updates.are_under_way(self._chunks[chunk])
+        assert not under_way, f"{action}: the update of the last step still reads gradients"
         self._partial.add(chunk)
         num_bytes = sum(buffer.grad_data.nbytes for buffer, _ in places)
         self.traffic.gradients_out += num_bytes

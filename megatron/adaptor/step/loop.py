@@ -190,8 +190,13 @@ class Loop:
         pace, roots = settings.offload_gb_per_second, settings.offload_roots
         wanted = chunks, number, pace, roots
         if self._slots is None or self._slots_of != wanted:
-            link = link_of(pace, roots, arguments.groups.pp.rank())
-            self._slots = ChunkSlots(chunks, number, link=link, poison=settings.poison)
+            self._slots = ChunkSlots(
+                chunks,
+                number,
+                self._session.updates,
+                link=link_of(pace, roots, arguments.groups.pp.rank()),
+                poison=settings.poison,
+            )
             self._slots_of = wanted
         return self._slots
 

@@ -1,12 +1,16 @@
 """``plain_gpt.py`` on which a fault befalls one rank: FAULT=KIND:RANK:ITERATION in the environment.
 
-KIND: kill (SIGKILL), stop (SIGSTOP), leave (exit code 0), memory (no memory left), worker (its data
-worker is killed), end (its data end), or an action's kind: F, B, I, W, SEND_F, RECV_B and so on.
+KIND: kill (SIGKILL), stop (SIGSTOP), leave (exit code 0), memory (no memory left), update (SIGKILL
+in an update of the step before), worker (its data worker is killed), end (its data end), or an
+action's kind: F, B, I, W, SEND_F, RECV_B and so on.
 """
 
+import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -38,8 +42,12 @@ def befall():
         torch.empty(2**60, dtype=torch.uint8)
 
 
+has_begun = threading.Event()  # the iteration
+
+
 def forward_step(data_iterator, model):
     if is_time():
+        has_begun.set()
         befall()
     return plain_gpt.forward_step(data_iterator, model)
 
@@ -84,7 +92,28 @@ def fail_in_action():
     executor._Run.__init__ = __init__
 
 
+def kill_in_update():
+    """Die in the second chunk's update of the step before, once the iteration has begun."""
+    step, updates = torch.optim.AdamW.step, itertools.count(1)
+
+    def step_or_die(optimizer, *args):
+        result = step(optimizer, *args)
+        if threading.current_thread() is threading.main_thread():
+            return result
+        is_second = next(updates) % 2 == 0
+        number = max(state["step"] for state in optimizer.state.values())
+        is_before = number == int(ITERATION) - 1 and torch.distributed.get_rank() == int(RANK)
+        if is_second and is_before and has_begun.wait(timeout=60):
+            time.sleep(0.05)  # an action or two
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    torch.optim.AdamW.step = step_or_die
+
+
 if __name__ == "__main__":
+    if KIND == "update":
+        kill_in_update()
     if KIND.isupper():
         fail_in_action()
     if KIND == "settings" and os.environ["RANK"] == RANK:
