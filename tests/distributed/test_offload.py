@@ -23,6 +23,7 @@ V4 = Case(2, 4, 1, num_chunks=4, layers=8, length=16)
 V8 = Case(2, 2, 1, num_chunks=8, layers=16, length=16)
 ONE = {"turn": 1000}
 BF16 = {"bf16": True}
+FEW = {"steps": 5}  # of 10, for shapes that take longer
 
 
 def cut(case: Case, **more: Any) -> Case:
@@ -52,20 +53,20 @@ PACED = {"pace": 0.05, "roots": (0, 0)}
 GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
     "v2": (V2, ONE, [way(1), way(2, LATE, EARLY)]),
     "v4": (V4, ONE, [way(1, LATE), way(2, EARLY), way(3, LATE, EARLY)]),
-    "paced": (V4, ONE, [way(2, LATE, EARLY) | PACED, way(2) | PACED]),
-    "v8": (V8, ONE | BF16, [way(2, LATE, EARLY), way(3)]),
+    "paced": (V4, ONE | FEW, [way(2, LATE, EARLY) | PACED, way(2) | PACED]),
+    "v8": (V8, ONE | BF16 | FEW, [way(2, LATE, EARLY), way(3)]),
     "v4 bf16": (cut(V4), ONE | BF16, [way(1, EARLY), way(2, LATE), way(3, LATE)]),
     "evaluated": (cut(V4), ONE | {"evaluates": True}, [way(2, LATE, EARLY)]),
-    "recomputed": (cut(V4, recompute=True), ONE, [way(1), way(2, LATE, EARLY)]),
-    "v8 recomputed": (cut(V8, recompute=True), ONE, [way(1, LATE)]),
+    "recomputed": (cut(V4, recompute=True), ONE | FEW, [way(1), way(2, LATE, EARLY)]),
+    "v8 recomputed": (cut(V8, recompute=True), ONE | FEW, [way(1, LATE)]),
     "tied": (cut(V4, tied=True), ONE | BF16, [way(2, LATE)]),
     "per token": (cut(V2, per_token=True), ONE, [way(1, LATE, EARLY)]),
-    "packed": (cut(V4, documents="cu_seqlens"), ONE, [way(2, LATE, EARLY)]),
+    "packed": (cut(V4, documents="cu_seqlens"), ONE | FEW, [way(2, LATE, EARLY)]),
     "experts": (cut(V2, experts="aux_loss"), ONE, [way(1, LATE)]),
-    "turns": (V4, {"turn": 2}, [way(2, LATE), way(3, EARLY) | PACED, way(1)]),
-    "turns bf16": (cut(V4), {"turn": 3} | BF16, [way(2, EARLY), way(3, LATE)]),
-    "replicas": (replace(V2, replicas=2), ONE, [way(1, LATE, EARLY)]),
-    "tensor": (cut(V2, tensor=2), ONE | BF16, [way(1, LATE)]),
+    "turns": (V4, {"turn": 2} | FEW, [way(2, LATE), way(3, EARLY) | PACED, way(1)]),
+    "turns bf16": (cut(V4), {"turn": 3} | BF16 | FEW, [way(2, EARLY), way(3, LATE)]),
+    "replicas": (replace(V2, replicas=2), ONE | FEW, [way(1, LATE, EARLY)]),
+    "tensor": (cut(V2, tensor=2), ONE | BF16 | FEW, [way(1, LATE)]),
 }
 
 
