@@ -29,8 +29,8 @@ _RUNS = (
     "Every figure is a model's; nothing was measured. --offload-model-chunks runs without a GPU so "
     "far and is refused on CUDA (docs/offload.md)."
 )
-_NOT_IN_THE_ENGINE = {Adam.JUST_IN_TIME, Adam.ON_ARRIVAL}
-_MARK = "* Not in the engine: its Adam runs after the step's last action (serial)."
+_NOT_IN_THE_ENGINE = {Adam.ON_ARRIVAL}
+_MARK = "* Not in the engine: its Adam waits for the norm of all gradients."
 
 
 def plan_offload(
@@ -267,6 +267,8 @@ def command_flags(way: Way) -> list[str]:
     words = [*flags(way.setting), "--offload-model-chunks", str(shape.num_slots)]
     if shape.num_turns > 1:
         words += ["--seq1f1b-turn", str(shape.turn(way.setting.num_stages))]
+    if way.adam is Adam.JUST_IN_TIME:
+        words.append("--offload-just-in-time-updates")
     return [*words, "--offload-prefetch"]
 
 
