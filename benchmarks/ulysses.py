@@ -4,11 +4,13 @@
 
 Every case starts fresh processes on the CPU, joined over gloo, and takes one forward and backward
 pass in float32. Memory is the resident set's peak during it over what a process held before, after
-a short pass that warms up; the kernel's own counter, set back in between (Linux only). Ratios
+a short pass that warms up; the kernel's own counter, set back in between (Linux only). glibc is
+told to give freed blocks back at once, or it would keep several times of what is in use. Ratios
 compare cases of one run. Times are of this machine, where ranks share cores.
 """
 
 import argparse
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,6 +146,7 @@ def main() -> None:
     unknown = [name for name in arguments.cases if name not in CASES]
     if unknown:
         parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # of the processes that are started
     rows: dict[str, dict[str, Any]] = {}
     for name in arguments.cases or CASES:
         case = CASES[name]
