@@ -129,7 +129,7 @@ def train(
         )
 
     def weigh(*_: Any) -> None:
-        if slots and session.loop._slots_of == chunks:
+        if slots and session.loop._slots_of == (chunks, slots, pace, roots):
             device_bytes.add(_device_bytes(chunks, session.loop._slots))
 
     for one in optimizer.chained_optimizers:
