@@ -87,7 +87,7 @@ def training_command(
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nproc-per-node", settings.num_gpus, "--master-port", settings.master_port),
         *(HERE / "train_rows.py", "--data-path", rows),
-        *(megatron / "megatron_flags.txt").read_text().split(),
+        *(megatron / "megatron_flags.txt").read_text().splitlines(),
         *("--load", megatron, "--finetune", "--ckpt-format", "torch_dist"),
         *("--save", trained, "--save-interval", settings.num_iterations, "--no-save-optim"),
         *("--pipeline-model-parallel-size", settings.num_gpus),

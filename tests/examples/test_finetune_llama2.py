@@ -173,6 +173,7 @@ def test_train_sh_ends_with_weights_that_have_learned(tmp_path):
     folder = tmp_path / "out" / "huggingface"
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token is None
     assert model.config.vocab_size > len(tokenizer)  # came back whole
     record = json.loads(Path(data).read_text().splitlines()[0])
     prompt = tokenizer(record["document"])["input_ids"]
