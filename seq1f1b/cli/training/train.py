@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seq1f1b.cli.options import flag_error
+from seq1f1b.processes import end_now
 
 if TYPE_CHECKING:
     from seq1f1b.ulysses.training.recipe import Recipe
@@ -110,7 +111,8 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rank = 0
     try:
-        rank = init_dist(launcher).rank
+        place = init_dist(launcher)
+        rank = place.rank
         model = run_recipe(recipe, folder, resume, deepspeed)
         if rank == 0 and recipe.checkpoints.export:
             typer.echo(f"wrote {model}")
@@ -121,3 +123,5 @@ def run(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if place.world_size > 1:
+        end_now(0)
