@@ -4,9 +4,9 @@
 
 Every case starts fresh processes on the CPU, joined over gloo, and takes one forward and backward
 pass in float32. Memory is the resident set's peak during it over what a process held before, after
-a short pass that warms up; the kernel's own counter, set back in between (Linux only). glibc is
-told to give freed blocks back at once, or it would keep several times of what is in use. Ratios
-compare cases of one run. Times are of this machine, where ranks share cores.
+a short pass that warms up; the kernel's own counter, set back in between (Linux only). glibc keeps
+freed blocks, on long rows several times of what is in use; with --give-back it returns them at
+once, which takes time. Ratios compare cases of one run. Times are of this machine, where ranks share cores.
 """
 
 import argparse
@@ -141,12 +141,14 @@ def main() -> None:
     """Run the cases and store the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {'; '.join(CASES)}")
+    parser.add_argument("--give-back", action="store_true", help="return freed blocks at once")
     parser.add_argument("--output", type=Path, help="where .json and .md go, without a suffix")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.cases if name not in CASES]
     if unknown:
         parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # of the processes that are started
+    if arguments.give_back:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # of the processes that are started
     rows: dict[str, dict[str, Any]] = {}
     for name in arguments.cases or CASES:
         case = CASES[name]
@@ -169,6 +171,7 @@ def main() -> None:
     about = setting(
         model="width 64, 4 heads of 16, 2 layers (6 at 8192 tokens; width 32 and 2 heads at "
         "131,072), float32",
+        give_back=arguments.give_back,
         transformers=transformers.__version__,
     )
     show(table(about, header, lines), arguments.output, about, rows)
