@@ -6,8 +6,8 @@ Every case starts fresh processes on the CPU, joined over gloo, and takes one fo
 pass in float32. Memory is the resident set's peak during it over what a process held before, after
 a short pass that warms up; the kernel's own counter, set back in between (Linux only). glibc keeps
 freed blocks, on long rows several times of what is in use; with --give-back it returns them at
-once, which takes time. Ratios compare cases of one run. Times are of this machine, where ranks share
-cores.
+once, which takes time. Ratios compare cases of one run. Times are of this machine, where ranks
+share cores.
 """
 
 import argparse
