@@ -12,7 +12,7 @@ from seq1f1b.cli.megatron import or_exit, read_given
 from seq1f1b.cli.offload_options import make_machine
 from seq1f1b.cli.options import flag_error
 from seq1f1b.offload.planning.case import Case, Recomputation, make_case
-from seq1f1b.offload.planning.costs import adam_bytes, total_parameters
+from seq1f1b.offload.planning.costs import adam_bytes, resident_bytes, total_parameters
 from seq1f1b.offload.planning.machine import GB
 from seq1f1b.offload.planning.search import best_offloaded, best_resident, best_zero_offload
 from seq1f1b.offload.planning.simulation import Adam
@@ -188,13 +188,8 @@ class _Found:
     @property
     def resident_bytes(self) -> float:
         """Of weights, gradients and optimizer states, of a GPU on average."""
-        return self.bytes_each * total_parameters(self.case.base) / self.case.num_stages
-
-    @property
-    def bytes_each(self) -> int:
-        """Of a parameter's weight, gradient and optimizer states."""
         base = self.case.base
-        return base.element_bytes + gradient_bytes(base) + (12 if base.element_bytes < 4 else 8)
+        return resident_bytes(base) * total_parameters(base) / self.case.num_stages
 
     @property
     def thresholds(self) -> Thresholds:
@@ -338,7 +333,8 @@ def _say(console: Console, text: str, *, dim: bool = False) -> None:
 
 def _need(found: _Found) -> str:
     usable = found.case.machine.usable / GB
-    text = f"{found.bytes_each} bytes a parameter are {found.resident_bytes / GB:.1f} GB a GPU"
+    each = resident_bytes(found.case.base)
+    text = f"{each} bytes a parameter are {found.resident_bytes / GB:.1f} GB a GPU"
     if found.resident is None:
         return f"Offloading is needed: {text}, and no pipeline with everything there is possible."
     held = f"{found.resident.gpu_bytes / GB:.1f} of {usable:.1f} GB"

@@ -33,17 +33,25 @@ def chunk_operations(setting: Setting) -> tuple[tuple[TokenCost, ...], ...]:
     )
 
 
+def parameters(setting: Setting) -> tuple[tuple[float, ...], ...]:
+    """Return for each stage the parameters of its chunks on one rank."""
+    return tuple(
+        tuple(
+            held.dense + held.experts
+            for held in (chunk_parameters(setting, chunk) for chunk in chunks)
+        )
+        for chunks in setting.chunks
+    )
+
+
 def chunk_bytes(
     setting: Setting,
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
     """Return for each stage the bytes of its chunks' weights on one rank, and of gradients."""
-    numbers = [
-        [held.dense + held.experts for held in (chunk_parameters(setting, c) for c in chunks)]
-        for chunks in setting.chunks
-    ]
+    counts = parameters(setting)
 
     def times(size: int) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(number * size for number in chunks) for chunks in numbers)
+        return tuple(tuple(count * size for count in stage) for stage in counts)
 
     return times(setting.element_bytes), times(gradient_bytes(setting))
 

@@ -108,8 +108,8 @@ def make_case(
     """Return the case that Megatron's options describe, a pipeline over all GPUs.
 
     values: fields of ``Arguments``; micro-batch size, sub-sequences, virtual stages and their
-    layout are searched unless given. ``recomputation`` and ``fp32_gradients`` hold where no option
-    of Megatron's says so. ``recompute_loss`` supposes that the output layer and the loss are
+    layout are searched unless given. ``recomputation`` and ``fp32_gradients`` hold unless an option
+    of Megatron's decides. ``recompute_loss`` supposes that the output layer and the loss are
     computed anew in the backward, which the engine does not do.
 
     Raises SettingError with every fault.

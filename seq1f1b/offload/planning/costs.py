@@ -1,13 +1,11 @@
 """What a setting's actions take, what its chunks weigh, and what moves: seconds and bytes."""
 
-from collections.abc import Sequence
-
 from seq1f1b.offload.planning.machine import Machine
 from seq1f1b.offload.planning.simulation import Bytes
-from seq1f1b.planner.chunks import chunk_operations
+from seq1f1b.planner.chunks import chunk_bytes, chunk_operations, parameters
 from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.layout import ChunkLayers
-from seq1f1b.planner.memory.parameters import chunk_parameters, gradient_bytes
+from seq1f1b.planner.memory.parameters import gradient_bytes
 from seq1f1b.planner.setting import Setting
 from seq1f1b.schedule import Kind
 from seq1f1b.sequence import TokenCost
@@ -84,17 +82,6 @@ def stage_link(setting: Setting, machine: Machine) -> Link:
     return Link(0.0, machine.stages, sizes)
 
 
-def parameters(setting: Setting) -> tuple[tuple[float, ...], ...]:
-    """Return for each stage the parameters of its chunks."""
-    return tuple(
-        tuple(
-            held.dense + held.experts
-            for held in (chunk_parameters(setting, chunk) for chunk in chunks)
-        )
-        for chunks in setting.chunks
-    )
-
-
 def total_parameters(setting: Setting) -> float:
     """Return the parameters of all chunks; tied embeddings count on both stages that have them."""
     return sum(map(sum, parameters(setting)))
@@ -112,14 +99,9 @@ def adam_bytes(setting: Setting) -> int:
 
 def moved(setting: Setting, machine: Machine) -> Bytes:
     """Return what moves when chunks visit the device, and how long the host updates each."""
-    width, gradient = setting.element_bytes, gradient_bytes(setting)
     traffic = adam_bytes(setting) / machine.host
-    counts = parameters(setting)
-
-    def times(factor: float) -> Sequence[Sequence[float]]:
-        return tuple(tuple(count * factor for count in stage) for stage in counts)
-
-    return Bytes(times(width), times(gradient), times(traffic))
+    adam = tuple(tuple(count * traffic for count in stage) for stage in parameters(setting))
+    return Bytes(*chunk_bytes(setting), adam)
 
 
 def gpu_adam_seconds(setting: Setting, machine: Machine) -> float:
@@ -130,8 +112,14 @@ def gpu_adam_seconds(setting: Setting, machine: Machine) -> float:
 def host_bytes(setting: Setting, machine: Machine) -> float:
     """Return pinned and other memory of the host: weights, gradients, and Adam's fp32 states.
 
-    Those are weights, both moments, and a copy of the gradients if the machine says so.
+    Those are weights, both moments, and a copy of the gradients where the machine makes one.
     """
-    each = setting.element_bytes + gradient_bytes(setting)
-    states = (12 if setting.element_bytes < 4 else 8) + machine.gradient_copy
-    return total_parameters(setting) * (each + states)
+    return total_parameters(setting) * (resident_bytes(setting) + machine.gradient_copy)
+
+
+def resident_bytes(setting: Setting) -> int:
+    """Return the bytes of a parameter: weight, gradient, both moments, and the fp32 weight if the
+    model's is shorter.
+    """
+    states = 12 if setting.element_bytes < 4 else 8
+    return setting.element_bytes + gradient_bytes(setting) + states

@@ -1,7 +1,7 @@
 """What a GPU holds: slots of model chunks, or everything, and the tensors of a step; in bytes."""
 
-from seq1f1b.offload.planning.costs import parameters
 from seq1f1b.offload.planning.shape import Shape
+from seq1f1b.planner.chunks import parameters
 from seq1f1b.planner.memory.closed_form import moving_bytes
 from seq1f1b.planner.memory.parameters import gradient_bytes, static_sizes
 from seq1f1b.planner.memory.stage import trace_stage
