@@ -12,6 +12,7 @@ from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.chunks import chunk_bytes
 from seq1f1b.schedule import Schedule, lower, visiting
 from seq1f1b.simulate import HostLink
+from seq1f1b.simulate.costs import read_roots
 
 _PANEL = "Model chunks in host memory"
 _CHUNKS, _PREFETCH = "--offload-model-chunks", "--offload-prefetch"
@@ -139,9 +140,10 @@ class Offload:
     def _roots(self, num_stages: int) -> tuple[int, ...] | None:
         if self.roots is None:
             return None
-        numbers = [number.strip() for number in self.roots.split(",")]
-        if not all(number.isdecimal() for number in numbers):
-            raise flag_error(_ROOTS, f"{self.roots!r} is not a list of numbers such as 0,0,1,1")
-        if len(numbers) != num_stages:
+        try:
+            roots = read_roots(self.roots)
+        except ValueError as error:
+            raise flag_error(_ROOTS, str(error)) from None
+        if len(roots) != num_stages:
             raise flag_error(_ROOTS, f"{self.roots}: give one number for each of {num_stages}")
-        return tuple(map(int, numbers))
+        return roots

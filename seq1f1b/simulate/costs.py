@@ -187,6 +187,17 @@ class Link:
         return self.tensor_bytes[sub_sequence] / self.bandwidth if self.tensor_bytes else 0.0
 
 
+def read_roots(text: str) -> tuple[int, ...]:
+    """Read numbers from 0 between commas, of each stage's root of the PCIe tree.
+
+    Raises ValueError.
+    """
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"{text!r} is not a list of numbers such as 0,0,1,1")
+    return tuple(map(int, numbers))
+
+
 @dataclass(frozen=True)
 class HostLink:
     """What copies model chunks from host memory to the device, and their gradients back.
@@ -211,7 +222,7 @@ class HostLink:
         bandwidth: float = math.inf,
         roots: tuple[int, ...] | None = None,
     ) -> "HostLink":
-        """Make all model chunks alike, of so many bytes."""
+        """Return the link of model chunks that are all of one size."""
         shape = schedule.num_stages, schedule.num_chunks
         return cls(
             ((weights,) * shape[1],) * shape[0],

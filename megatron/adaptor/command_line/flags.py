@@ -6,6 +6,7 @@ from typing import Any
 
 from seq1f1b.attention.kernels import KERNELS
 from seq1f1b.sequence import BALANCE_METHODS
+from seq1f1b.simulate.costs import read_roots
 
 MINDSPEED_SPLITS = 4
 SCHEDULES = ("auto", "1f1b", "zb-h1", "greedy")
@@ -157,7 +158,7 @@ def _add_offload_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--offload-link-roots",
-        type=_numbers,
+        type=_roots,
         default=None,
         metavar="R,R,...",
         help="With --offload-link-gb-per-s: for each stage the number of its root of the PCIe "
@@ -165,12 +166,11 @@ def _add_offload_arguments(group: Any) -> None:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Read numbers from 0 between commas."""
-    numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,0,1,1")
-    return tuple(map(int, numbers))
+def _roots(text: str) -> tuple[int, ...]:
+    try:
+        return read_roots(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_output_arguments(group: Any) -> None:
