@@ -232,23 +232,21 @@ def training_arguments(
     return [*arguments, "--seq1f1b-metrics-file", str(metrics_file), *settings.extra_args]
 
 
-def launcher(
-    run: Run, cluster: Cluster, port: int, *, pinned: bool, takes_turns: bool
-) -> list[str]:
+def launcher(run: Run, settings: Settings, port: int) -> list[str]:
     """Return the words before the training script: torchrun, and what each rank runs first.
 
-    pinned: whether each rank gets its own cores. takes_turns: whether it waits for a turn before
-    each step.
+    Without GPUs each rank gets its own cores.
     """
+    cluster = settings.cluster
     address = cluster.master_addr if cluster.num_nodes > 1 else "127.0.0.1"
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", str(cluster.num_nodes), "--node-rank", str(cluster.node_rank)),
         *("--nproc-per-node", str(run.num_processes // cluster.num_nodes)),
         *("--master-addr", address, "--master-port", str(port)),
-        *(str(TYING_SCRIPT), "--worker", *(("--own-cores",) if pinned else ())),
+        *(str(TYING_SCRIPT), "--worker", *(() if settings.has_gpu else ("--own-cores",))),
         *(sys.executable, "-u"),
-        *((str(turns.RANK_SCRIPT),) if takes_turns else ()),
+        *((str(turns.RANK_SCRIPT),) if settings.take_turns else ()),
     ]
 
 

@@ -19,20 +19,14 @@ from seq1f1b_tools.sweep.settings import Settings
 def preview(settings: Settings, console: Console) -> bool:
     """Print each run with its theory and its command on this node; returns whether any can work."""
     output, corpus, cluster = Output(settings.output), Corpus.of(settings), settings.cluster
-    can_work = False
+    port, can_work = cluster.master_port + (cluster.num_nodes > 1), False
     for run in plan_runs(settings):
         if reason := why_not(run, settings):
             console.print(f"{run.name}: skipped, {reason}", soft_wrap=True, markup=False)
             continue
         can_work = True
         command = [
-            *launcher(
-                run,
-                cluster,
-                cluster.master_port + (cluster.num_nodes > 1),
-                pinned=not settings.has_gpu,
-                takes_turns=settings.take_turns,
-            ),
+            *launcher(run, settings, port),
             str(TRAINING_SCRIPT),
             *training_arguments(run, corpus, settings, output.metrics(run.name)),
         ]

@@ -158,8 +158,7 @@ class Sweep:
         if self.launcher is not None:
             before = self.launcher(run, port)
         else:
-            pinned, takes_turns = not self.settings.has_gpu, self.settings.take_turns
-            before = launcher(run, cluster, port, pinned=pinned, takes_turns=takes_turns)
+            before = launcher(run, self.settings, port)
         metrics_file = self.output.started(run.name, start)
         return [*before, str(self.script), *self._arguments(run, metrics_file)]
 
