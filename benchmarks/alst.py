@@ -11,7 +11,6 @@ three steps of AdamW with clipped gradients, FSDP2 with ours against ZeRO-3 with
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from importlib import metadata
@@ -41,6 +40,7 @@ from seq1f1b.ulysses.check.source import Source, scales_by_length
 from seq1f1b.ulysses.labels import IGNORED, shift_labels, unmark
 from seq1f1b.ulysses.prepare import vocabulary_of
 from seq1f1b.ulysses.ranks import run_ranks
+from seq1f1b.ulysses.training.deepspeed_engine import load_deepspeed
 
 RANKS, LENGTH = 2, 48
 STEPS, RATE, CLIP = 3, 1e-3, 1.0
@@ -109,22 +109,13 @@ def alst(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
 
 def put_alst_into(model: Any) -> Any:
     """Let ALST's attention replace transformers'; returns its process groups."""
-    deepspeed = deepspeed_on_cpu()
+    deepspeed = load_deepspeed()
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     deepspeed.init_distributed("gloo", dist_init_required=False)
     return UlyssesSPAttentionHF.register_with_transformers(
         model, "sdpa", sequence_parallel_size=RANKS, micro_batch_size=1
     )
-
-
-def deepspeed_on_cpu() -> Any:
-    """Return the package, told not to compile shared-memory collectives: gloo's do."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    return deepspeed
 
 
 def loss_of_alst(model: Any, batch: Batch) -> torch.Tensor:
@@ -146,7 +137,7 @@ def loss_of_alst(model: Any, batch: Batch) -> torch.Tensor:
 def steps_of_alst(folder: str) -> list[float]:
     """Run on every rank: return the losses of ZeRO-3 with ALST."""
     transformers.logging.set_verbosity_error()
-    deepspeed = deepspeed_on_cpu()
+    deepspeed = load_deepspeed()
     model = Source(folder).build().train()
     groups = put_alst_into(model)
     config = {

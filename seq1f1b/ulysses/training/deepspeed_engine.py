@@ -100,7 +100,7 @@ class DeepSpeedEngine:
     """See ``engine.Engine``."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, config: dict[str, Any]) -> None:
-        deepspeed = _package()
+        deepspeed = load_deepspeed()
         settings = recipe.training
         optimizer = torch.optim.AdamW(
             parameter_groups(model.named_parameters(), settings.weight_decay),
@@ -151,7 +151,7 @@ class DeepSpeedEngine:
         return {k: x.cpu() for k, x in weights.items()} if dist.get_rank() == 0 else {}
 
 
-def _package() -> Any:
+def load_deepspeed() -> Any:
     """Return deepspeed, told to stay on the CPU where there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
