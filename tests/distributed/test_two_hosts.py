@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from seq1f1b.processes import end_with_parent
-from tests.distributed.training_runs import torchrun
 
 pytestmark = [pytest.mark.long, pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -27,6 +26,7 @@ FLAGS = shlex.split(
     "--pipeline-model-parallel-size 2 --global-batch-size 4 --vocab-size 256 "
     "--eval-iters 1 --log-interval 1 --lr 1e-3 --min-lr 1e-3 --lr-warmup-iters 0"
 )
+SCRIPT = ["bash", str(ROOT / "examples" / "many_nodes.sh"), *FLAGS]
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
@@ -60,10 +60,9 @@ class Hosts:
         """Start the job on both; each host's output goes into a file of ``folder``."""
         for rank, name in enumerate(self.names):
             output = folder / f"host{rank}.log"
-            command = ["bash", ROOT / "examples" / "many_nodes.sh", *FLAGS, *flags]
             with output.open("w") as file:
                 job = subprocess.Popen(
-                    ["ip", "netns", "exec", name, *map(str, command)],
+                    ["ip", "netns", "exec", name, *SCRIPT, *flags],
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env=os.environ
@@ -117,19 +116,17 @@ def test_two_hosts_train_like_one_over_a_slow_link(hosts, tmp_path):
     assert (tmp_path / "kept" / "latest_checkpointed_iteration.txt").read_text() == "4"
     found = losses(tmp_path / "kept" / "metrics.jsonl")
     assert len(found) == 4
-    script = (ROOT / "examples" / "many_nodes.sh").read_text()
-    flags = shlex.split(script[script.index("flags=(") + 7 : script.index("\n)\n")], comments=True)
-    flags = ["10000" if "TRAIN_ITERS" in flag else flag for flag in flags]
-    one = torchrun(
-        2,
-        ROOT / "pretrain_gpt.py",
-        *flags,
-        *shlex.split("--mock-data --tokenizer-type NullTokenizer"),
-        *FLAGS,
-        *("--train-iters", "4", "--seq1f1b-metrics-file", tmp_path / "one.jsonl"),
+    one = subprocess.run(
+        [*SCRIPT, "--train-iters", "4"],
+        env=os.environ | {"NODES": "1", "GPUS": "2", "CHECKPOINTS": str(tmp_path / "one")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        preexec_fn=lambda: end_with_parent(number=signal.SIGTERM),
     )
     assert one.returncode == 0, one.stderr[-4000:]
-    assert found == losses(tmp_path / "one.jsonl")
+    assert found == losses(tmp_path / "one" / "metrics.jsonl")
 
 
 def test_a_cut_link_ends_the_job_on_both_hosts(hosts, tmp_path):
