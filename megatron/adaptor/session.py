@@ -96,7 +96,7 @@ class Session:
             print_first(f"> flags accepted for {args.world_size} ranks")
             sys.exit(0)
         too_little = host_memory.shortage(args, settings)
-        # The first rank of each machine says so, because other machines may have more.
+        # The first rank of each machine reports it, because other machines may have more.
         refuse([too_little] if too_little else [], args.local_rank)
         self._settings, self.args = settings, args
         self._apply(settings)

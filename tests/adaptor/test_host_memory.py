@@ -8,7 +8,7 @@ import pytest
 
 from tests.programs import ask
 
-# Reads files that stand for those of control groups, and answers with what is left in the groups;
+# Reads files that stand for those of control groups, and answers with the room in the groups;
 # then [flags, GiB that are available, environment], and answers with how the command line ended.
 _PROGRAM = """
 import json, os, sys

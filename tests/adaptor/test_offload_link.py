@@ -67,7 +67,7 @@ def order_of(one: PacedLink, other: PacedLink, num_bytes: int) -> list[tuple[flo
 
 
 def test_ranks_under_one_root_take_turns():
-    # a root that nobody else on this machine is likely to use
+    # a root that no other process on this machine is likely to use
     begun = order_of(PacedLink(1e6, 910_017), PacedLink(1e6, 910_017), 40_000)
     assert [name for _, name in begun] == ["one", "other"] * 3
     assert all(later - earlier >= 0.04 for (earlier, _), (later, _) in pairwise(begun))

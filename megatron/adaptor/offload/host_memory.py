@@ -112,7 +112,7 @@ def available_bytes() -> int:
 
 
 def left_in_groups(mounted: Path = _CGROUPS, groups: Path = _GROUPS) -> Iterator[int]:
-    """Yield what is left of every limit on this process; files that are only cached do not count.
+    """Yield the room below every limit on this process; cached files do not count as used.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
     """

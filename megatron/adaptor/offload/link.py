@@ -1,7 +1,7 @@
 """What copies model chunks between host memory and the device: at once, or at a link's pace.
 
 On a machine without a GPU both are memory of the host, and a copy takes next to nothing. A paced
-link makes it take as long as on a bus of so many bytes per second, beside the computations, so that
+link makes it take as long as on a bus of a given bandwidth, beside the computations, so that
 what a schedule of loads costs, and what loading ahead saves, can be timed there.
 """
 
@@ -59,7 +59,7 @@ class PacedLink:
     """Makes copies in a thread for each direction, as slowly as ``bytes_per_second`` says.
 
     root: ranks of this machine with the same number take turns, one direction apart from the other,
-    as devices do under one root of the PCIe tree; None for a link that nobody shares.
+    as devices do under one root of the PCIe tree; None for a link of its own.
     """
 
     def __init__(self, bytes_per_second: float, root: int | None = None) -> None:
