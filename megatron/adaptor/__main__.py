@@ -48,10 +48,9 @@ def _pretend_ranks(arguments: list[str]) -> list[str]:
 
 
 def _run(script: Path, *, only_checks: bool) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from megatron.adaptor.error_file import record
 
     install().only_checks_flags = only_checks
-    # torchrun shows the error of the rank that failed first, if the rank has recorded it.
     run = runpy.run_path if only_checks else record(runpy.run_path)
     run(str(script), run_name="__main__")
     if only_checks:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron.adaptor.checkpoints.loading import FinishedError
+from megatron.adaptor.error_file import record
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.reports.console import print_first
 from seq1f1b.errors import Seq1F1BError
