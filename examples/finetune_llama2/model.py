@@ -17,6 +17,7 @@ def make_tiny(folder: Path) -> Path:
     """Write a random Llama of 8 layers and a tokenizer of bytes."""
     torch.manual_seed(1)
     tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None  # as Llama's own
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 5,  # models often have more rows than their tokenizer words
         hidden_size=64,

@@ -46,16 +46,20 @@ def test_interrupt_ends_the_run_and_reports_what_is_done(bench, number):
     assert bench.calls() == [AVERAGE, UNIFORM]
 
 
+# Put before the fake script, which stands for all stages: one rank writes figures.
+RECORD_CORES = """
+import json, os
+from pathlib import Path
+cores, rank = sorted(os.sched_getaffinity(0)), os.environ["RANK"]
+(Path(__file__).parent / f"rank{rank}").write_text(json.dumps([cores, dict(os.environ)]))
+if rank != "0":
+    raise SystemExit
+"""
+
+
 @pytest.mark.distributed
 def test_torchrun_starts_a_process_per_rank_on_its_own_core(bench):
-    bench.script.write_text(
-        FAKE_SCRIPT
-        + "import os\n"
-        + "cores = sorted(os.sched_getaffinity(0))\n"
-        + "rank = os.environ['RANK']\n"
-        + "(folder / f'rank{rank}').write_text(json.dumps([cores, os.environ]"
-        + ", default=dict))\n"
-    )
+    bench.script.write_text(RECORD_CORES + FAKE_SCRIPT)
     process = start(bench, "torchrun", SPLITS="1", PP="2", TRAIN_ITERS="3")
     text, _ = process.communicate(timeout=110)
     assert process.returncode == 0, text
