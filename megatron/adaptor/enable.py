@@ -22,6 +22,7 @@ def enable(
     max_live: int | None = None,
     documents: str | None = None,
     verify: bool = False,
+    recompute_loss: bool = False,
     timeout_minutes: float = 10,
 ) -> None:
     """Run Megatron-Core's pipeline steps of this process on sub-sequences.
@@ -38,9 +39,10 @@ def enable(
     case.
 
     splits: sub-sequences of each micro-batch; 1 is Megatron's own loop. balance_method, schedule,
-    attention, lengths, multiple, max_live, verify: as the flags ``--seq1f1b-...``. documents: the
-    entry of a batch that tells packed documents apart, "cu_seqlens" or "position_ids"; None if each
-    sequence is one. timeout_minutes: how long a stage waits for another.
+    attention, lengths, multiple, max_live, verify, recompute_loss: as the flags ``--seq1f1b-...``.
+    documents: the entry of a batch that tells packed documents apart, "cu_seqlens" or
+    "position_ids"; None if each sequence is one. timeout_minutes: how long a stage waits for
+    another.
 
     Raises ValueError for values that are never possible; what does not fit the model is raised by
     the first step. A process that ends without any step having run exits with status 1.
@@ -58,6 +60,7 @@ def enable(
         max_live=max_live,
         documents=documents,
         verify=verify,
+        recompute_loss=recompute_loss,
         timeout_minutes=timeout_minutes,
     )
     if session.args is not None:

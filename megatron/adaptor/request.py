@@ -40,6 +40,7 @@ class Request:
     max_live: int | None
     documents: str | None
     verify: bool
+    recompute_loss: bool
     timeout_minutes: float
 
     def __post_init__(self) -> None:
@@ -131,6 +132,7 @@ def _arguments(request: Request, step: StepArguments) -> argparse.Namespace:
             "seq1f1b_max_live": request.max_live,
             "seq1f1b_packing": packing,
             "seq1f1b_verify": request.verify,
+            "seq1f1b_recompute_loss": request.recompute_loss,
         }
     )
 

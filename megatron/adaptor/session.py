@@ -14,6 +14,7 @@ from megatron.adaptor.command_line.refusals import refuse
 from megatron.adaptor.command_line.settings import Settings
 from megatron.adaptor.layers import weight_gradients
 from megatron.adaptor.layers.attention import Attention
+from megatron.adaptor.layers.loss_recomputation import LossRecomputation
 from megatron.adaptor.layers.multi_token_prediction import MultiTokenPrediction
 from megatron.adaptor.layers.positions import Positions
 from megatron.adaptor.layers.router_losses import RouterLosses
@@ -131,6 +132,7 @@ class Session:
             *Positions(self.context).patches(),
             *self.router_losses.patches(),
             *MultiTokenPrediction(self.context, self.cutter).patches(),
+            *LossRecomputation(self._recomputes_loss).patches(),
             *EngineConfiguration(lambda: self.asked).patches(),
             *weight_gradients.patches(self.context),
         ]
@@ -138,6 +140,9 @@ class Session:
     def _cuts(self) -> bool:
         """Whether training runs on sub-sequences."""
         return self.settings is not None and self.settings.num_splits > 1
+
+    def _recomputes_loss(self) -> bool:
+        return self.settings is not None and self.settings.recompute_loss
 
     def _apply(self, settings: Settings | None) -> None:
         self.context.use_kernel(settings.kernel if settings else None)

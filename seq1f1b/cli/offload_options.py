@@ -91,15 +91,6 @@ Recompute = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-RecomputeLoss = Annotated[
-    bool,
-    typer.Option(
-        "--recompute-loss",
-        help="As if backwards computed the output layer and the loss anew too, whose softmax in "
-        "fp32 would then be kept of one sub-sequence only. Not in the engine.",
-        rich_help_panel=_PANEL,
-    ),
-]
 Fp32Gradients = Annotated[
     bool,
     typer.Option(

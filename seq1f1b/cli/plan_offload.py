@@ -91,7 +91,6 @@ def plan_offload(
     buckets: offload_options.Buckets = 2.0,
     gradient_copy: offload_options.GradientCopy = 4,
     recompute: offload_options.Recompute = Recomputation.FULL,
-    recompute_loss: offload_options.RecomputeLoss = False,
     fp32_gradients: offload_options.Fp32Gradients = False,
     min_tokens: offload_options.MinTokens = 1024,
     as_json: options.Json = False,
@@ -129,7 +128,6 @@ def plan_offload(
             machine,
             profile=device.runtime,
             recomputation=recompute,
-            recompute_loss=recompute_loss,
             fp32_gradients=fp32_gradients,
             num_slots=num_slots,
             num_turns=num_turns,
@@ -276,7 +274,7 @@ def assumptions(case: Case) -> list[str]:
         links += f", {machine.uplink / GB:g} GB/s for {shared} under a root"
     recomputed = base.recompute.granularity or "no"
     if base.recompute.loss:
-        recomputed += " and loss (not in the engine)"
+        recomputed += " and loss"
     return [
         f"{machine.flops / 1e12:.1f} TFLOP/s a GPU",
         f"PCIe {links}",
@@ -310,10 +308,12 @@ def _print(found: _Found, ignored: tuple[str, ...]) -> None:
     _say(console, _MARK, dim=True)
     _say(console, _RUNS, dim=True)
     if found.chosen is None:
+        recompute = "" if base.recompute.loss else "recompute the loss (--seq1f1b-recompute-loss), "
         _say(
             console,
-            f"No shape whose chunks visit the GPUs fits into {machine.usable / GB:.1f} GB: cut "
-            "sequences further (--seq1f1b-splits), or use shorter ones, fewer, or more GPUs.",
+            f"No shape whose chunks visit the GPUs fits into {machine.usable / GB:.1f} GB: "
+            f"{recompute}cut sequences further (--seq1f1b-splits), or use shorter ones, fewer, or "
+            "more GPUs.",
         )
     else:
         _explain(console, found, found.chosen)

@@ -463,6 +463,12 @@ class Arguments:
         "greedy: sub-sequences that a stage may hold from forward to weight gradient.",
         type=int,
     )
+    seq1f1b_recompute_loss: bool = _option(
+        SUB_SEQUENCES,
+        "--seq1f1b-recompute-loss --recompute-loss",
+        False,
+        "Compute the output layer and the loss anew in the backward.",
+    )
 
 
 @cache

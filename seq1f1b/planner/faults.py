@@ -80,6 +80,8 @@ def _recompute_faults(a: Arguments) -> Iterator[str]:
         )
     if a.recompute_granularity is None and a.recompute_modules is not None:
         yield "--recompute-modules: needs --recompute-granularity selective"
+    if a.seq1f1b_recompute_loss and a.mtp_num_layers:
+        yield "--seq1f1b-recompute-loss: cannot go with --mtp-num-layers"
 
 
 def length_faults(a: Arguments, lengths: tuple[int, ...]) -> Iterator[str]:

@@ -45,7 +45,7 @@ def _word(part: str, row: Row, best: Row) -> str:
         return f"gradient reduction takes {extra * 1e3:.0f} ms longer"
     if part == "optimizer":
         return "more parameters on a rank for the optimizer"
-    if ours.recompute != theirs.recompute and ours.recompute.granularity is not None:
+    if ours.recompute != theirs.recompute and ours.recompute != Recompute():
         return f"computes {recompute_word(ours.recompute)} anew"
     if ours.tensor * ours.context > theirs.tensor * theirs.context:
         return "more time in tensor- and context-parallel collectives"
@@ -65,8 +65,9 @@ def _mean(seconds: Sequence[float]) -> float:
 
 def recompute_word(recompute: Recompute) -> str:
     """Return what is computed anew, as short as can be."""
-    if recompute.granularity is None:
-        return "nothing"
+    words = sorted(recompute.modules)
     if recompute.granularity == "full":
-        return "whole layers" if recompute.method == "uniform" else "some layers"
-    return " + ".join(sorted(recompute.modules))
+        words = ["whole layers" if recompute.method == "uniform" else "some layers"]
+    if recompute.loss:
+        words.append("loss")
+    return " + ".join(words) or "nothing"

@@ -114,6 +114,8 @@ class _Resolver:
         )
         if setting.cuts and any(length % setting.multiple for length in setting.cuts):
             raise SettingError([f"--seq1f1b-lengths: not multiples of {setting.multiple}"])
+        if setting.recompute.loss and not setting.runs_executor:
+            raise SettingError(["--seq1f1b-recompute-loss: goes with --seq1f1b-splits only"])
         try:
             assert setting.parts
         except PartitionError as error:
@@ -302,4 +304,5 @@ def _recompute(a: Arguments) -> Recompute:
         method=a.recompute_method,
         num_layers=a.recompute_num_layers or 1,
         modules=frozenset(modules) if a.recompute_granularity == "selective" else frozenset(),
+        loss=a.seq1f1b_recompute_loss,
     )

@@ -21,7 +21,7 @@ class Recompute:
     """What a backward computes anew.
 
     granularity: None, full or selective. num_layers: of a group (uniform) or of a chunk (block).
-    loss: whether the output layer and the loss are, which no option of a training run asks for.
+    loss: whether the output layer and the loss are.
     """
 
     granularity: str | None = None
@@ -163,6 +163,15 @@ class Setting:
     def with_cuts(self, cuts: tuple[int, ...]) -> "Setting":
         """Return the same with other lengths of sub-sequences."""
         return replace(self, cuts=cuts)
+
+
+def with_recomputed_loss(setting: Setting) -> Setting:
+    """Return the setting with the output layer and the loss computed anew in the backward."""
+    return replace(
+        setting,
+        arguments=replace(setting.arguments, seq1f1b_recompute_loss=True),
+        recompute=replace(setting.recompute, loss=True),
+    )
 
 
 def megatron_values(setting: Setting) -> dict[str, Any]:

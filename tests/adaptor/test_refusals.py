@@ -52,6 +52,16 @@ _EXPERTS = "--num-experts 4 --disable-bias-linear"
 CASES: list[tuple[str, dict[str, object], str]] = [
     ("--seq1f1b-attention flash-attn-2", {}, "--seq1f1b-attention flash-attn-2 needs a package"),
     ("--seq1f1b-attention megatron", {}, "--seq1f1b-attention megatron keeps no keys and values"),
+    (
+        "--seq1f1b-splits 1 --seq1f1b-recompute-loss",
+        {},
+        "--seq1f1b-recompute-loss is not of Megatron's own loop",
+    ),
+    (
+        "--seq1f1b-recompute-loss --mtp-num-layers 1",
+        {},
+        "--seq1f1b-recompute-loss cannot go with --mtp-num-layers",
+    ),
     ("--seq1f1b-max-live 9", {}, "--seq1f1b-max-live 9 goes with --seq1f1b-schedule greedy only"),
     (
         "--seq1f1b-schedule zb-h1",

@@ -49,9 +49,11 @@ class Case:
     num_chunks: int = 1
     length: int = 30
     rows: int = BATCH
+    vocabulary: int = VOCAB
     positions: str = "rope"
     tied: bool = False
     recompute: bool = False
+    recompute_loss: bool = False
     loss: str = "sum"
     per_token: bool = False
     experts: str | None = None
@@ -91,13 +93,15 @@ def worst_gradient_error(case: Case) -> float:
 
     context = session.context
     data = micro_batches(case)
-    session.settings = settings_of(case)
+    settings = settings_of(case)
+    session.settings = replace(settings, recompute_loss=False)
     Layout().enter()
     whole = whole_model(case)
     context.use_kernel("reference")
     losses = _run_whole(case, whole, data)
     expected_ahead = _logged_ahead()
 
+    session.settings = settings
     context.use_kernel(None)
     chunks, reports = _run_step(case, whole, data)
     ahead = _logged_ahead()
@@ -257,7 +261,7 @@ def _model(
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=VOCAB,
+        vocab_size=case.vocabulary,
         max_sequence_length=case.length,
         pre_process=first,
         post_process=last,
@@ -412,6 +416,7 @@ def settings_of(case: Case) -> Any:
         ),
         schedule_name=case.kind,
         attention=case.attention,
+        recompute_loss=case.recompute_loss,
         given=_given(case),
         packing=Packing("--some-flag", case.documents, lambda: END) if case.documents else None,
     )

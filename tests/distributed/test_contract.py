@@ -29,6 +29,7 @@ EVERYWHERE = {
     "multi-token prediction": replace(_CASE, config=LLAMA | {"mtp_num_layers": 2}, spec=RMS_NORM),
     "latent attention": replace(_CASE, config=LATENT, spec=LATENT_SPEC),
     "recomputed": replace(_CASE, recompute=True),
+    "recomputed loss": replace(_CASE, recompute_loss=True),
     "normalised by the step's tokens": replace(_CASE, per_token=True),
 }
 
@@ -113,9 +114,12 @@ def test_every_batch_and_change_is_exact_or_refused(workers):
     situations += [
         Situation(case, batch=batch) for batch in BATCHES if batch != "positions of M-RoPE"
     ]
+    situations += [Situation(replace(case, recompute_loss=True), loss="of logits")]
     (found,) = workers(1).run(outcomes, situations, timeout=300)
     for situation, outcome in zip(situations, found, strict=True):
         why = REFUSED.get(("change", situation.change)) or REFUSED.get(("batch", situation.batch))
+        if situation.case.recompute_loss:
+            why = "--seq1f1b-recompute-loss: the script's loss is computed from logits"
         if why is None:
             assert isinstance(outcome, float), (situation, outcome)
             assert outcome < TOLERANCE, situation

@@ -29,6 +29,20 @@ def stage_figures(case):
     return figures.peak_activation_bytes, figures.kv_carry_bytes
 
 
+@pytest.mark.parametrize("kind", ["1f1b", "zb-h1"])
+def test_a_recomputed_loss_keeps_logits_of_one_sub_sequence(workers, kind):
+    vocabulary = 4096
+    case = Case(2, 2, SPLITS, "average", kind, length=LENGTH, vocabulary=vocabulary)
+    pool = workers(2)
+    kept, anew = (
+        [peak for peak, _ in pool.run(stage_figures, replace(case, recompute_loss=recomputes))]
+        for recomputes in (False, True)
+    )
+    whole = FLOAT32 * BATCH * LENGTH * vocabulary
+    assert kept[1] - anew[1] == pytest.approx((SPLITS - 1) / SPLITS * whole, rel=0.05)
+    assert kept[0] == anew[0]
+
+
 def carry_bytes(num_stages, *, num_tokens, in_flight):
     """Bytes of keys and values: whole sequences of ``in_flight``, gradients of ``num_tokens``."""
     per_token = 2 * BATCH * GROUPS * (HIDDEN // HEADS) * FLOAT32 * (LAYERS // num_stages)

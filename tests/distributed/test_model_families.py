@@ -125,6 +125,30 @@ def test_recomputation(workers, schedule):
     check(workers, 2, cases)
 
 
+LOSS_RECOMPUTED = {
+    "GPT, tied": replace(_PLAIN, positions="learned_absolute", tied=True),
+    "Llama": _LLAMA,
+    "every layer too": with_config(_LLAMA, **full("uniform", 1)),
+    "experts": replace(_LLAMA, experts="aux_loss"),
+    "normalised by all tokens": replace(_LLAMA, per_token=True),
+    "documents": replace(_LLAMA, documents="position_ids"),
+}
+
+
+@pytest.mark.parametrize("schedule", mostly_long(SCHEDULES, default=["interleaved"]))
+def test_recomputed_losses(workers, schedule):
+    cases = [
+        replace(case, recompute_loss=True, **SCHEDULES[schedule])
+        for case in LOSS_RECOMPUTED.values()
+    ]
+    check(workers, 2, cases)
+
+
+def test_recomputed_losses_of_vocabulary_shards(workers):
+    case = replace(_LLAMA, tensor=2, sequence_parallel=True, recompute_loss=True)
+    check(workers, 4, [case, replace(case, tied=True, kind="zb-h1")])
+
+
 AHEAD = {
     "Llama": with_config(_LLAMA, mtp_num_layers=1),
     "two tokens ahead": with_config(_QWEN3, mtp_num_layers=2),

@@ -245,7 +245,8 @@ def test_a_recomputed_loss_keeps_the_softmax_of_one_sub_sequence():
     step["seq1f1b_balance_method"] = "average"
     held, costs = [], []
     for anew in (False, True):
-        asked = make_case(SMALL | step | {"hidden_size": 512}, where, recompute_loss=anew)
+        small = SMALL | step | {"hidden_size": 512, "seq1f1b_recompute_loss": anew}
+        asked = make_case(small, where)
         one = arrange(asked.base, 4, shape, 1)
         held.append(traced_bytes(one, asked.runtime, shape.schedule(4), num_slots=2))
         costs.append(action_costs(one, 1.0).stages[3][Kind.B, 1, 0])

@@ -115,6 +115,14 @@ def test_recomputation_keeps_less_and_in_this_order():
     assert whole < some < nothing
 
 
+def test_a_recomputed_loss_keeps_the_softmax_of_one_sub_sequence():
+    options = {"seq1f1b_splits": 4, "vocab_size": 131072, "seq1f1b_balance_method": "average"}
+    held, anew = traced(**options), traced(**options, seq1f1b_recompute_loss=True)
+    softmax = 4 * 131072 * SMALL["seq_length"] / GIB
+    assert kept(held, 3) - kept(anew, 3) == pytest.approx(3 / 4 * softmax, rel=0.1)
+    assert kept(held) == kept(anew)
+
+
 def test_gqa_shrinks_the_carry():
     whole = traced(seq1f1b_splits=4)
     grouped = traced(seq1f1b_splits=4, group_query_attention=True, num_query_groups=2)

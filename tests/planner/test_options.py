@@ -229,6 +229,12 @@ def test_everything_that_is_missing_is_listed_at_once():
         ({"num_experts": 6, "expert_model_parallel_size": 4}, {}, "does not divide --num-experts"),
         ({"recompute_granularity": "full"}, {}, "needs --recompute-method"),
         ({"recompute_modules": ("mlp",)}, {}, "needs --recompute-granularity selective"),
+        ({"seq1f1b_recompute_loss": True}, {}, "goes with --seq1f1b-splits only"),
+        (
+            {"seq1f1b_recompute_loss": True, "mtp_num_layers": 1, "seq1f1b_splits": 2},
+            {},
+            "--seq1f1b-recompute-loss: cannot go with --mtp-num-layers",
+        ),
         ({"seq1f1b_splits": 5000}, {}, "--seq1f1b-splits 5000"),
         ({"seq1f1b_splits": 4, "attention_dropout": 0.1}, {}, "sub-sequences need 0"),
         ({"num_layers": 0}, {}, "--num-layers 0: must be at least 1"),

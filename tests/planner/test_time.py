@@ -151,6 +151,7 @@ def test_recomputation_lengthens_backwards_alone(kernels):
         "recompute_num_layers": 1,
     }
     mlp = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+    cut = options | {"seq1f1b_splits": 2, "seq1f1b_balance_method": "average"}
     _, nothing = costs_of(kernels, options, 1)
     _, some = costs_of(kernels, options | mlp, 1)
     _, everything = costs_of(kernels, options | full, 1)
@@ -158,6 +159,13 @@ def test_recomputation_lengthens_backwards_alone(kernels):
     assert nothing[forward] == some[forward] == everything[forward]
     assert nothing[backward] < some[backward] < everything[backward]
     assert everything[backward] - nothing[backward] == pytest.approx(nothing[forward], rel=0.02)
+    # The last stage's forward is longer than the others' by the output layer and the loss.
+    _, middle = costs_of(kernels, cut, 1)
+    _, kept = costs_of(kernels, cut, 3)
+    _, anew = costs_of(kernels, cut | {"seq1f1b_recompute_loss": True}, 3)
+    head = kept[forward] - middle[forward]
+    assert anew[forward] == kept[forward]
+    assert anew[backward] - kept[backward] == pytest.approx(head, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3", "qwen3-4b", "gpt-3-175b"])

@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "once more in sub-sequences, and stop unless loss and gradient norm agree. Needs the "
         "memory of a whole micro-batch's activations on every stage, and --hidden-dropout 0.",
     )
+    group.add_argument(
+        "--seq1f1b-recompute-loss",
+        action="store_true",
+        help="Compute the output layer and the loss anew in the backward, so that the last stage "
+        "keeps logits of one sub-sequence at a time. Saves most of its memory where the "
+        "vocabulary is large, and costs one more product of the output layer.",
+    )
     _add_offload_arguments(group)
     _add_output_arguments(group)
     _escape_help(parser)

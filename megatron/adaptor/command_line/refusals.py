@@ -378,6 +378,17 @@ TABLE: tuple[Refusal, ...] = (
         Scope.ALWAYS,
     ),
     Refusal(
+        "--seq1f1b-recompute-loss",
+        lambda a: a.settings.recompute_loss and not a.settings.runs_executor,
+        "is not of Megatron's own loop: add --seq1f1b-schedule 1f1b, or use --seq1f1b-splits",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--seq1f1b-recompute-loss",
+        lambda a: a.settings.recompute_loss and bool(a.args.mtp_num_layers),
+        "cannot go with --mtp-num-layers, whose own logits are kept: leave it out",
+    ),
+    Refusal(
         "--offload-model-chunks",
         lambda a: a.settings.offload_chunks > 0 and _num_chunks(a) == 1,
         "needs several model chunks a stage: add --num-virtual-stages-per-pipeline-rank",

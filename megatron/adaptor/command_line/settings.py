@@ -39,8 +39,9 @@ class Settings:
     sub-sequence length must be a multiple of. cost: of a token of the whole model. schedule_name:
     one of SCHEDULES. given: runs in place of a generated schedule where its shape fits. max_live:
     see ``greedy``. packing: how documents in a sequence are told apart; None if each sequence is
-    one. verify: whether to compare with Megatron's own loop first. timeout: of an exchange between
-    stages. turn: sub-sequences that go through a model chunk before the next; None for as many as
+    one. verify: whether to compare with Megatron's own loop first. recompute_loss: whether
+    backwards compute the output layer and the loss anew. timeout: of an exchange between stages.
+    turn: sub-sequences that go through a model chunk before the next; None for as many as
     stages, or with offloading all. offload_chunks: model chunks that the device holds at a time; 0
     if they stay there. offload_prefetch: whether they are loaded as soon as there is room.
     offload_just_in_time: whether each is updated no sooner than its next load.
@@ -63,6 +64,7 @@ class Settings:
     given: Schedule | None = None
     packing: Packing | None = None
     verify: bool = False
+    recompute_loss: bool = False
     timeout: timedelta | None = None
     lengths: tuple[int, ...] | None = None
     turn: int | None = None
@@ -181,6 +183,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         trace_iteration=args.seq1f1b_trace_iteration,
         packing=_packing(args),
         verify=args.seq1f1b_verify,
+        recompute_loss=args.seq1f1b_recompute_loss,
         lengths=tuple(args.seq1f1b_lengths) if args.seq1f1b_lengths else None,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         turn=_turn(args, num_splits),

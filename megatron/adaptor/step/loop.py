@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron.adaptor.layers.known import check_layers
+from megatron.adaptor.layers.loss_recomputation import check_model
 from megatron.adaptor.offload.link import link_of
 from megatron.adaptor.offload.slots import ChunkSlots
 from megatron.adaptor.patches import Patch
@@ -139,6 +140,8 @@ class Loop:
         key = arguments.groups.pp, plan.schedule.num_chunks > 1
         if key not in self._links:
             check_layers(arguments.chunks)
+            if settings.recompute_loss:
+                check_model(arguments.chunks)
             self._links[key] = make_links(key[0], interleaved=key[1], timeout=settings.timeout)
             lengths = ", ".join(str(part.length) for part in plan.cuts[0])
             if documents is not None and settings.balance_method == "uniform_comp":

@@ -1,7 +1,7 @@
 """What is to be planned: a model, a step, a machine, and what of the answer is given."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -11,7 +11,7 @@ from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.layout import LayoutError, parse_layout
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.runtime import Runtime, runtime
-from seq1f1b.planner.setting import DEFAULT_SPLITS, Setting
+from seq1f1b.planner.setting import DEFAULT_SPLITS, Setting, with_recomputed_loss
 
 _OTHERS = {
     "tensor_model_parallel_size": "one GPU is one pipeline stage here",
@@ -99,7 +99,6 @@ def make_case(
     *,
     profile: str = "current",
     recomputation: Recomputation = Recomputation.FULL,
-    recompute_loss: bool = False,
     fp32_gradients: bool = False,
     num_slots: int | None = None,
     num_turns: int | None = None,
@@ -109,8 +108,7 @@ def make_case(
 
     values: fields of ``Arguments``; micro-batch size, sub-sequences, virtual stages and their
     layout are searched unless given. ``recomputation`` and ``fp32_gradients`` hold unless an option
-    of Megatron's decides. ``recompute_loss`` supposes that the output layer and the loss are
-    computed anew in the backward, which the engine does not do.
+    of Megatron's decides.
 
     Raises SettingError with every fault.
     """
@@ -130,8 +128,10 @@ def make_case(
             chosen["recompute_granularity"] = "selective"
     given = {name: value for name, value in values.items() if name not in _SEARCHED}
     whole = {"micro_batch_size": 1, "global_batch_size": rows}
+    # One split runs in the executor too, because chunks visit, and may recompute its loss.
+    anew = given.pop("seq1f1b_recompute_loss", False)
     base = resolve(chosen | given | whole, num_gpus=1)
-    base = replace(base, recompute=replace(base.recompute, loss=recompute_loss))
+    base = with_recomputed_loss(base) if anew else base
     wanted = Wanted(
         num_chunks=_num_chunks(values, num_gpus),
         num_slots=num_slots,

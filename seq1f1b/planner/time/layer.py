@@ -267,9 +267,11 @@ class LayerTimes:
         product = kernels.matrix_product(sizes.tokens, share, setting.model.hidden)
         reads, _ = self._tensor_collectives(sizes)
         logits = sizes.tokens * share
+        forward = product + kernels.elementwise(40 * logits + 4 * sizes.residual) + reads
+        anew = forward if setting.recompute.loss else 0.0
         return Times(
-            forward=product + kernels.elementwise(40 * logits + 4 * sizes.residual) + reads,
-            backward=product + kernels.elementwise(12 * logits) + 2 * reads,
+            forward=forward,
+            backward=product + kernels.elementwise(12 * logits) + 2 * reads + anew,
             weights=product,
             operations=15,
         )
