@@ -34,7 +34,7 @@ def main() -> None:
     try:
         settings = read_settings(file)
         output = (file.parent / settings.save_dir).resolve()
-        if (output / "huggingface").exists():
+        if any((output / name).exists() for name in ("huggingface", "megatron")):
             raise SettingsError(f"save_dir {output}: holds a fine-tuned model already")
         output.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="work-", dir=output))
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def fine_tune(settings: Settings, folder: Path, output: Path, work: Path) -> None:
-    """Train and write ``output``/huggingface and, if asked, ``output``/results.json."""
+    """Train and write ``output``/huggingface and, if asked, results.json and megatron beside it."""
     if settings.model == TINY:
         source = str(make_tiny(work / "tiny"))
     else:
@@ -76,6 +76,9 @@ def fine_tune(settings: Settings, folder: Path, output: Path, work: Path) -> Non
     )
     if settings.save_results:
         write_results(output / "results.json", metrics, seconds)
+    if settings.save_megatron:
+        shutil.copy(megatron / "megatron_flags.txt", work / "trained")
+        (work / "trained").rename(output / "megatron")
     print(f"wrote {output / 'huggingface'}")
 
 

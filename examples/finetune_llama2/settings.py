@@ -45,6 +45,7 @@ class Settings(BaseModel):
     save_dir: str
     master_port: Annotated[int, Field(ge=1, le=65535)]
     learning_rate: PositiveFloat = 1e-5
+    save_megatron: bool = False
 
     @property
     def num_gpus(self) -> int:

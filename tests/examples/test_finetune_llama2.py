@@ -13,6 +13,9 @@ import pytest
 import torch
 import yaml
 
+from tests.seq1f1b_tools.checkpoint.megatron_logits import megatron_logits
+from tests.seq1f1b_tools.checkpoint.tiny_models import flags_of
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "finetune_llama2"
 GIVEN = yaml.safe_load((EXAMPLE / "fine_tune.yaml").read_text())
@@ -156,12 +159,13 @@ def test_prompts_are_masked_the_end_is_learned_and_documents_share_rows(example,
 @pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_train_sh_ends_with_weights_that_have_learned(tmp_path):
+def test_train_sh_ends_with_weights_that_have_learned(tmp_path, workers):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = tmp_path / "fine_tune.yaml"
     data = str(EXAMPLE / "summaries.jsonl")
     changed = {"dataset": data, "save_dir": "out", "num_iterations": 4, "master_port": 29541}
+    changed["save_megatron"] = True
     file.write_text(yaml.safe_dump(GIVEN | changed))
     environment = os.environ | {"PYTHON": sys.executable}
     again = ["bash", EXAMPLE / "train.sh", file]
@@ -182,6 +186,13 @@ def test_train_sh_ends_with_weights_that_have_learned(tmp_path):
     labels = torch.tensor([[-100] * len(prompt) + answer])
     assert float(model(ids, labels=labels).loss) < results["losses"][0] - 0.5
     assert math.isfinite(results["seconds"])
+    trained = tmp_path / "out" / "megatron"
+    (((logits,), _),) = workers(1).run(megatron_logits, [(trained, flags_of(trained))], ids, 1, 1)
+    assert logits.dtype == model.dtype == torch.float32
+    with torch.no_grad():
+        expected = model(ids).logits
+    error = (logits[..., : expected.shape[-1]] - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
     refused = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "holds a fine-tuned model already" in refused.stderr

@@ -22,6 +22,7 @@ def megatron_logits(jobs, tokens, num_stages, num_tensor):
     from megatron.training.models.gpt import GPTModelBuilder
 
     from pretrain_gpt import model_config
+    from seq1f1b_tools.checkpoint.torch_dist_reader import Checkpoint
     from tests.distributed.layouts import Layout
 
     rank = torch.distributed.get_rank()
@@ -46,7 +47,7 @@ def megatron_logits(jobs, tokens, num_stages, num_tensor):
         wanted = model.sharded_state_dict()
         kinds = (ShardedTensor, ShardedTensorFactory)
         keys = {leaf.key for leaf in _leaves(wanted) if isinstance(leaf, kinds)}
-        state = dist_checkpointing.load(wanted, str(folder / "release"))
+        state = dist_checkpointing.load(wanted, str(Checkpoint(folder).path))
         model.load_state_dict(state, strict=False)
         results.append(_forward(model, tokens, args.hidden_size))
         left.append(keys)
