@@ -5,7 +5,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,130 +52,187 @@ class Visits(NamedTuple):
     late: int
 
 
-def train(
-    case: Case,
-    *,
-    slots: int = 0,
-    prefetch: bool = False,
-    just_in_time: bool = False,
-    turn: int | None = None,
-    bf16: bool = False,
-    steps: int = 10,
-    evaluates: bool = False,
-    moves: bool = False,
-    fails: bool = False,
-    pace: float | None = None,
-    roots: tuple[int, ...] | None = None,
-) -> Visits:
-    """Run ``steps`` of AdamW on this rank's part of ``case``; slots: 0 keeps chunks resident.
+@dataclass(frozen=True)
+class Way:
+    """How a case is trained; with 0 slots its chunks are resident.
 
-    Learning rate and weight decay change with every step. just_in_time: updates are behind the next
-    step, and slow. evaluates: whether forwards without backwards run between the steps. moves:
-    whether slots are swapped between a chunk's forward and backward, which must not train the same.
-    fails: whether updates behind the next step raise. pace, roots: of the link, in GB/s.
+    just_in_time: updates are behind the next step, and slow. evaluates: whether forwards without
+    backwards run between the steps. moves: whether slots are swapped between a chunk's forward and
+    backward, which must not train the same. fails: whether updates behind the next step raise.
+    pace, roots: of the link, in GB/s.
     """
+
+    slots: int = 0
+    prefetch: bool = False
+    just_in_time: bool = False
+    turn: int | None = None
+    bf16: bool = False
+    steps: int = 10
+    evaluates: bool = False
+    moves: bool = False
+    fails: bool = False
+    pace: float | None = None
+    roots: tuple[int, ...] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def settings(self, case: Case) -> Any:
+        """Return what the flags would say."""
+        return replace(
+            settings_of(case),
+            turn=self.turn,
+            offload_chunks=self.slots,
+            offload_prefetch=self.prefetch,
+            offload_just_in_time=self.just_in_time,
+            offload_gb_per_second=self.pace,
+            offload_roots=self.roots,
+            poison=self.slots > 0,
+        )
+
+
+def compare(case: Case, common: dict[str, Any], ways: list[dict[str, Any]]) -> list[Visits]:
+    """Run ``case`` resident, then in each of ``ways``."""
+    return [train(case, Way(**common | way)) for way in [{}, *ways]]
+
+
+def train(case: Case, way: Way) -> Visits:
+    """Run steps of AdamW on this rank's part of ``case``."""
     from megatron.adaptor import install
 
     session = install()
-    from megatron.core import parallel_state
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from megatron.adaptor.offload import slots as module
+    from megatron.adaptor.offload.slots import ChunkSlots
 
     Layout().enter()
     whole = whole_model(case)
-    session.settings = replace(
-        settings_of(case),
-        turn=turn,
-        offload_chunks=slots,
-        offload_prefetch=prefetch,
-        offload_just_in_time=just_in_time,
-        offload_gb_per_second=pace,
-        offload_roots=roots,
-        poison=slots > 0,
-    )
+    session.settings = way.settings(case)
     case.layout.enter(case.num_chunks)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": bf16} | case.ddp
-    chunks = stage_chunks(replace(case, ddp=ddp), whole, dtype)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-2,
-            weight_decay=0.01,
-            clip_grad=1.0,
-            bf16=bf16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-        ),
-        chunks,
-        use_gloo_process_groups=False,
-    )
-    mine = micro_batches(case)[parallel_state.get_data_parallel_rank() :: case.replicas]
-    losses, norms, loads, device_bytes, late = [], [], [], set(), 0
-    traffic = module.Traffic()
-    step = get_forward_backward_func()
+    training = _Training(case, way, session, whole)
+    with (
+        _moved(ChunkSlots) if way.moves else contextlib.nullcontext(),
+        _slow_updates(fails=way.fails),
+    ):
+        for number in range(way.steps):
+            training.step()
+            training.schedule_optimizer(number)
+            if way.evaluates:
+                training.evaluate()
+        session.updates.settle_all()
+    return training.visits()
 
-    def run(*, forward_only: bool) -> Any:
-        return step(
+
+class _Training:
+    """Chunks of a rank with their optimizer, and what their steps were."""
+
+    def __init__(self, case: Case, way: Way, session: Any, whole: Any) -> None:
+        from megatron.core import parallel_state
+
+        from megatron.adaptor.offload.slots import Traffic
+
+        self.case, self.way, self.session = case, way, session
+        ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": way.bf16} | case.ddp
+        self.chunks = stage_chunks(replace(case, ddp=ddp), whole, way.dtype)
+        self.optimizer = _adamw(self.chunks, way)
+        for one in self.optimizer.chained_optimizers:
+            one.optimizer.register_step_pre_hook(self.weigh)
+        self.mine = micro_batches(case)[parallel_state.get_data_parallel_rank() :: case.replicas]
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.loads: list[int] = []
+        self.traffic = Traffic()
+        self.device_bytes: set[int] = set()
+        self.late = 0
+
+    def step(self) -> None:
+        """Run forwards and backwards, and update the weights."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.weigh()
+        self.run(forward_only=False)
+        last = self.session.meter.last
+        assert last is not None
+        if last.traffic is not None:
+            self.traffic = last.traffic
+            self.loads.append(last.traffic.loads)
+        _, norm, _ = self.optimizer.step()
+        self.norms.append(float(norm))
+        self.late += any(self.session.updates.are_under_way(chunk) for chunk in self.chunks)
+        self.weigh()
+
+    def schedule_optimizer(self, number: int) -> None:
+        """Change learning rate and weight decay, as they do with every step."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 1e-2 * 0.8**number, 0.01 * (number + 2)
+
+    def evaluate(self) -> None:
+        """Run forwards without backwards."""
+        self.run(forward_only=True)
+
+    def run(self, *, forward_only: bool) -> None:
+        """Run all micro-batches of this replica and note their loss."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        case = self.case
+        reports = get_forward_backward_func()(
             forward_step_func=_forward_step(case),
-            data_iterator=[_reader(case, mine) for _ in chunks],
-            model=chunks,
+            data_iterator=[_reader(case, self.mine) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=case.num_micro_batches,
             seq_length=case.length,
             micro_batch_size=case.rows,
             forward_only=forward_only,
         )
+        self.losses.append(float(sum(report["lm loss"][0] for report in reports)))
 
-    def weigh(*_: Any) -> None:
-        if slots and session.loop._slots_of == (chunks, slots, pace, roots):
-            device_bytes.add(_device_bytes(chunks, session.loop._slots))
+    def weigh(self, *_: Any) -> None:
+        """Note what the device holds of weights and gradients, now that no step runs."""
+        way, loop = self.way, self.session.loop
+        if way.slots and loop._slots_of == (self.chunks, way.slots, way.pace, way.roots):
+            self.device_bytes.add(_device_bytes(self.chunks, loop._slots))
 
-    for one in optimizer.chained_optimizers:
-        one.optimizer.register_step_pre_hook(weigh)
-    with (
-        _moved(module.ChunkSlots) if moves else contextlib.nullcontext(),
-        _slow_updates(fails=fails),
-    ):
-        for number in range(steps):
-            for chunk in chunks:
-                chunk.zero_grad_buffer()
-            optimizer.zero_grad()
-            weigh()
-            reports = run(forward_only=False)
-            losses.append(float(sum(report["lm loss"][0] for report in reports)))
-            assert session.meter.last is not None
-            if session.meter.last.traffic is not None:
-                traffic = session.meter.last.traffic
-                loads.append(traffic.loads)
-            _, norm, _ = optimizer.step()
-            norms.append(float(norm))
-            late += any(session.updates.are_under_way(chunk) for chunk in chunks)
-            weigh()
-            for group in optimizer.param_groups:
-                group["lr"], group["weight_decay"] = 1e-2 * 0.8**number, 0.01 * (number + 2)
-            if evaluates:
-                reports = run(forward_only=True)
-                losses.append(float(sum(report["lm loss"][0] for report in reports)))
-        session.updates.settle_all()
-    return Visits(
-        _hash(chunks),
-        losses,
-        norms,
-        loads,
-        traffic.weights_in,
-        traffic.gradients_in,
-        traffic.gradients_out,
-        sum(_bytes(buffer) for chunk in chunks for buffer in _buffers(chunk)),
-        sum(
-            max((sum(map(_bytes, getattr(chunk, kind))) for chunk in chunks), default=0)
-            for kind in ("buffers", "expert_parallel_buffers")
-        ),
-        device_bytes,
-        _host_bytes(chunks, optimizer),
-        _estimated_bytes(case, bf16=bf16),
-        late,
+    def visits(self) -> Visits:
+        """Return what all steps were."""
+        chunks, traffic = self.chunks, self.traffic
+        return Visits(
+            weights=_hash(chunks),
+            losses=self.losses,
+            norms=self.norms,
+            loads=self.loads,
+            weights_in=traffic.weights_in,
+            gradients_in=traffic.gradients_in,
+            gradients_out=traffic.gradients_out,
+            buffer_bytes=sum(_bytes(buffer) for chunk in chunks for buffer in _buffers(chunk)),
+            largest_bytes=_largest_bytes(chunks),
+            device_bytes=self.device_bytes,
+            host_bytes=_host_bytes(chunks, self.optimizer),
+            estimated_bytes=_estimated_bytes(self.case, bf16=self.way.bf16),
+            late=self.late,
+        )
+
+
+def _adamw(chunks: list[Any], way: Way) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-2,
+        weight_decay=0.01,
+        clip_grad=1.0,
+        bf16=way.bf16,
+        params_dtype=way.dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+
+
+def _largest_bytes(chunks: list[Any]) -> int:
+    """Weigh the largest chunk's buffers of each kind."""
+    return sum(
+        max((sum(map(_bytes, getattr(chunk, kind))) for chunk in chunks), default=0)
+        for kind in ("buffers", "expert_parallel_buffers")
     )
 
 
@@ -288,8 +345,3 @@ def _moved(slots: Any) -> Iterator[None]:
         yield
     finally:
         slots.load = load
-
-
-def compare(case: Case, common: dict[str, Any], ways: list[dict[str, Any]]) -> list[Visits]:
-    """Run ``case`` resident, then in each of ``ways``."""
-    return [train(case, **common | way) for way in [{}, *ways]]
