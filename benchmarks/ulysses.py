@@ -8,6 +8,11 @@ a short pass that warms up; the kernel's own counter, set back in between (Linux
 freed blocks, on long rows several times of what is in use; with --give-back it returns them at
 once, which takes time. Ratios compare cases of one run. Times are of this machine, where ranks
 share cores.
+
+The stored results of the two long cases, ulysses_full and ulysses_long, are of such a run each:
+
+    python benchmarks/ulysses.py "131,072 tokens, full attention" --give-back \\
+        --output benchmarks/results/ulysses_full
 """
 
 import argparse
