@@ -202,15 +202,18 @@ def read_roots(text: str) -> tuple[int, ...]:
 class HostLink:
     """What copies model chunks from host memory to the device, and their gradients back.
 
-    Both directions at the same time, each one copy at a time. weights, gradients: bytes of every
-    stage's model chunks. bandwidth: bytes per second one way. roots: for each stage the root of the
-    PCIe tree whose link it shares with the stages of the same number; without, each has its own.
+    Both directions at the same time. weights, gradients: bytes of every stage's model chunks.
+    bandwidth: bytes per second one way. roots: for each stage the root of the PCIe tree whose link
+    it shares with the stages of the same number; without, each has its own. uplink: bytes per
+    second one way that stages of one root share evenly, none getting more than ``bandwidth``;
+    without, they take turns with all of that.
     """
 
     weights: tuple[tuple[float, ...], ...]
     gradients: tuple[tuple[float, ...], ...]
     bandwidth: float = math.inf
     roots: tuple[int, ...] | None = None
+    uplink: float | None = None
 
     @classmethod
     def uniform(
@@ -242,8 +245,9 @@ class HostLink:
                 )
         if self.roots is not None and len(self.roots) != schedule.num_stages:
             raise CostError(f"roots of {len(self.roots)} stages for {schedule.num_stages}")
-        if not self.bandwidth > 0.0:
-            raise CostError(f"a bandwidth of {self.bandwidth:g} bytes/s copies nothing")
+        for bandwidth in (self.bandwidth, self.uplink):
+            if bandwidth is not None and not bandwidth > 0.0:
+                raise CostError(f"a bandwidth of {bandwidth:g} bytes/s copies nothing")
 
     def root(self, stage: int) -> int:
         """Return the number of the link that a stage's copies take."""

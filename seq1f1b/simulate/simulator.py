@@ -6,14 +6,15 @@ its receive is announced, and follows the tensors that left before it on the sam
 that visit the device are copied beside the computations (see ``visits``).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from seq1f1b.schedule import Action, Kind, Schedule, peak_live, validate
 from seq1f1b.schedule.edges import dependencies, event
 from seq1f1b.simulate.costs import Costs, CostsByMicroBatch, HostLink, Link, Part
-from seq1f1b.simulate.visits import Visits
+from seq1f1b.simulate.links import Clock
+from seq1f1b.simulate.visits import Updates, Visits
 
 _NOT_YET = -1.0
 
@@ -85,20 +86,43 @@ def simulate(
     costs: Costs | CostsByMicroBatch,
     link: Link | None = None,
     host_link: HostLink | None = None,
+    *,
+    num_steps: int = 1,
+    updates: Callable[[Clock], Updates] | None = None,
 ) -> Simulation:
     """Time every action of ``schedule``, lowered or not.
 
-    ``host_link`` brings model chunks that visit the device. Raises ScheduleError when the schedule
-    cannot run to its end, CostError when a cost is missing, and ValueError for a schedule that
-    loads model chunks without a ``host_link``, or the other way round. Takes about 2 seconds for a
-    million computations.
+    ``host_link`` brings model chunks that visit the device. num_steps: of the schedule, one after
+    the other: the simulation's schedule has all of their micro-batches, and a stage begins a step
+    as soon as it can. updates: of weights in host memory, for which the next step's loads wait.
+
+    Raises ScheduleError when the schedule cannot run to its end, CostError when a cost is missing,
+    and ValueError for a schedule that loads model chunks without a ``host_link``, or the other way
+    round. Takes about 2 seconds for a million computations.
     """
     if schedule.slots is not None and host_link is None:
         raise ValueError(f"{schedule.name} loads model chunks: it needs a host_link, to time them")
     if schedule.slots is None and host_link is not None:
         raise ValueError(f"{schedule.name} loads no model chunks: leave out the host_link")
-    visits = None if host_link is None else Visits(schedule, host_link)
-    return _Run(_Table(schedule, costs, link or Link()), visits).finish()
+    visits = None if host_link is None else Visits(schedule, host_link, updates)
+    table = _Table(_repeated(schedule, num_steps), costs, link or Link())
+    return _Run(table, visits).finish()
+
+
+def _repeated(schedule: Schedule, num_steps: int) -> Schedule:
+    """Return a schedule of ``num_steps`` times as many micro-batches, a step after the other."""
+    if num_steps == 1:
+        return schedule
+    each = schedule.num_micro_batches
+    stages = tuple(
+        tuple(
+            Action(kind, chunk, step * each + micro_batch, sub_sequence)
+            for step in range(num_steps)
+            for kind, chunk, micro_batch, sub_sequence in actions
+        )
+        for actions in schedule.stages
+    )
+    return replace(schedule, num_micro_batches=num_steps * each, stages=stages)
 
 
 @dataclass(slots=True)
@@ -247,9 +271,9 @@ class _Run:
 
     def finish(self) -> Simulation:
         schedule = self.table.schedule
-        ready = list(range(len(self.steps)))
+        ready = list(reversed(range(len(self.steps))))
         if self.visits is not None:
-            self.expect_loads(self.visits)
+            self.expect_loads()
         while ready:
             ready += self.advance(ready.pop())
             while not ready and self.visits is not None and self.copy_next(self.visits, ready):
@@ -319,15 +343,15 @@ class _Run:
         if stage is not None:
             woken.append(stage)
 
-    def expect_loads(self, visits: Visits) -> None:
+    def expect_loads(self) -> None:
         """Let computations wait for the loads that there are, which few micro-batches have."""
-        num_micro_batches = self.table.num_micro_batches
-        for place in self.table.loads():
+        table, num_micro_batches = self.table, self.table.num_micro_batches
+        for place in table.loads():
             self.arrived[place : place + num_micro_batches] = [0.0] * num_micro_batches
-        for stage, step in visits.loads():
-            action = self.table.schedule.stages[stage][step]
-            place = self.table.programs[stage][step].noted + action.micro_batch
-            self.arrived[place] = _NOT_YET
+        for actions, program in zip(table.schedule.stages, table.programs, strict=True):
+            for action, template in zip(actions, program, strict=True):
+                if action.kind.is_load:
+                    self.arrived[template.noted + action.micro_batch] = _NOT_YET
 
     def visit(self, stage: int, step: int, now: float) -> None:
         assert self.visits is not None, "loads and frees have a host link"
@@ -338,7 +362,7 @@ class _Run:
         copy = visits.next()
         if copy is None:
             return False
-        stage, step = copy.stage, copy.step
+        stage, step = copy.stage, copy.place
         self.starts[stage][step], self.ends[stage][step] = copy.start, copy.end
         action = self.table.schedule.stages[stage][step]
         if action.kind.is_load:

@@ -2,27 +2,41 @@
 
 A stage has a lane for what it brings in and one for what it takes out. A lane makes its copies one
 after the other in the order of the stage's actions, from the moment that the stage reaches the load
-or free. A load waits until its slot is given up, which takes until the gradients have left it. The
-lanes under one root of the PCIe tree take turns on its link, one direction apart from the other:
-who could begin first goes first, with the whole bandwidth.
+or free. A load waits until its slot is given up, which takes until the gradients have left it, and
+in later steps until the host has updated its weights. The lanes under one root of the PCIe tree
+share its link, one direction apart from the other: they take turns with the whole bandwidth, who
+could begin first, or copy at the same time.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from seq1f1b.schedule import Action, Kind, Schedule, residencies
 from seq1f1b.simulate.costs import HostLink
+from seq1f1b.simulate.links import Clock, Lane, Road, Then, Turns, Uplink
 
 
 class Copy(NamedTuple):
     """A load or free, by its place in a stage's list of actions, with the time that it takes."""
 
     stage: int
-    step: int
+    place: int
     start: float
     end: float
+
+
+class Updates(Protocol):
+    """What updates weights in host memory between steps."""
+
+    def home(self, step: int, stage: int, chunk: int) -> None:
+        """Hear that all gradients of a chunk have arrived."""
+        ...
+
+    def wait(self, step: int, stage: int, chunk: int, then: Then) -> None:
+        """Call ``then`` once the chunk's weights have been updated behind ``step``."""
+        ...
 
 
 def copied_bytes(schedule: Schedule, host_link: HostLink) -> list[dict[Action, float]]:
@@ -47,87 +61,82 @@ def copied_bytes(schedule: Schedule, host_link: HostLink) -> list[dict[Action, f
     return stages
 
 
-@dataclass
-class _Lane:
-    """Copies of a stage in one direction that have been asked for: step, moment and slot of each.
-
-    free: when the last one ended.
-    """
-
-    stage: int
-    link: tuple[int, bool]
-    waiting: deque[tuple[int, float, int]] = field(default_factory=deque)
-    free: float = 0.0
-
-
 class Visits:
-    """The copies of one run of ``schedule``, made in order of time.
+    """The copies of a run of ``schedule``, one step after the other, made in order of time.
 
     ``next`` is to be called when no stage can go on without it: whatever a stage asks for after
-    that cannot begin before what is waiting already.
+    that cannot begin before the copy that ``next`` returns has ended. Places count on from step to
+    step.
     """
 
-    def __init__(self, schedule: Schedule, host_link: HostLink) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        host_link: HostLink,
+        updates: Callable[[Clock], Updates] | None = None,
+    ) -> None:
         assert schedule.slots is not None
-        assert schedule.num_slots is not None
         host_link.check(schedule)
-        self._schedule, self._slots = schedule, schedule.slots
+        self._stages, self._slots = schedule.stages, schedule.slots
         self._bytes = copied_bytes(schedule, host_link)
-        self._bandwidth = host_link.bandwidth
-        self._lanes = [
-            (_Lane(stage, (root, False)), _Lane(stage, (root, True)))
-            for stage, root in enumerate(map(host_link.root, range(schedule.num_stages)))
+        self._last_free = [
+            {action.chunk: action for action in actions if action.kind is Kind.FREE_B}
+            for actions in schedule.stages
         ]
-        self._link_free: dict[tuple[int, bool], float] = {}
-        # when each slot can be filled; None while gradients are on their way out
-        self._slot_free: list[list[float | None]] = [
-            [0.0] * schedule.num_slots for _ in range(schedule.num_stages)
-        ]
+        self._clock = Clock()
+        self._updates = None if updates is None else updates(self._clock)
+        roots = [host_link.root(stage) for stage in range(schedule.num_stages)]
+        into, out = ({root: _road(self._clock, host_link) for root in roots} for _ in range(2))
+        self._into = [Lane(into[root]) for root in roots]
+        self._out = [Lane(out[root]) for root in roots]
+        self._leaving: set[tuple[int, int]] = set()  # stage and slot
+        self._made: deque[Copy] = deque()
 
-    def loads(self) -> Iterator[tuple[int, int]]:
-        """Yield stage and step of every load."""
-        for stage, actions in enumerate(self._schedule.stages):
-            for step, action in enumerate(actions):
-                if action.kind.is_load:
-                    yield stage, step
-
-    def issue(self, stage: int, step: int, now: float) -> None:
-        """Ask for the load or free at ``step`` of a stage, which reaches it ``now``."""
-        action = self._schedule.stages[stage][step]
-        slot = self._slots[stage][action.chunk]
-        if action.kind is Kind.FREE_F:
-            self._slot_free[stage][slot] = now
-            return
-        if action.kind is Kind.FREE_B:
-            self._slot_free[stage][slot] = None
-        self._lanes[stage][action.kind.is_free].waiting.append((step, now, slot))
+    def issue(self, stage: int, place: int, now: float) -> None:
+        """Ask for the load or free at ``place`` of a stage, which reaches it ``now``."""
+        self._clock.at(now, partial(self._reach, stage, place))
 
     def next(self) -> Copy | None:
-        """Make the copy that can begin first; None if none is waiting."""
-        first: tuple[float, _Lane] | None = None
-        for lanes in self._lanes:
-            for lane in lanes:
-                ready = self._ready(lane)
-                if ready is not None and (first is None or ready < first[0]):
-                    first = ready, lane
-        if first is None:
-            return None
-        ready, lane = first
-        step, _, slot = lane.waiting.popleft()
-        action = self._schedule.stages[lane.stage][step]
-        start = max(ready, self._link_free.get(lane.link, 0.0))
-        end = start + self._bytes[lane.stage][action] / self._bandwidth
-        lane.free = self._link_free[lane.link] = end
-        if action.kind.is_free:
-            self._slot_free[lane.stage][slot] = end
-        return Copy(lane.stage, step, start, end)
+        """Make the copy that ends first; None if none can be made."""
+        while not self._made and self._clock.step():
+            pass
+        return self._made.popleft() if self._made else None
 
-    def _ready(self, lane: _Lane) -> float | None:
-        """Return when a lane's next copy could begin on a link of its own."""
-        if not lane.waiting:
-            return None
-        _, asked, slot = lane.waiting[0]
-        if lane is self._lanes[lane.stage][True]:
-            return max(asked, lane.free)
-        given_up = self._slot_free[lane.stage][slot]
-        return None if given_up is None else max(asked, lane.free, given_up)
+    def _reach(self, stage: int, place: int) -> None:
+        step, number = divmod(place, len(self._stages[stage]))
+        action = self._stages[stage][number]
+        slot, size = self._slots[stage][action.chunk], self._bytes[stage][action]
+        if action.kind is Kind.FREE_B:
+            self._leaving.add((stage, slot))
+            self._out[stage].copy(size, partial(self._left, stage, place))
+        elif action.kind.is_load:
+            ask = partial(
+                self._into[stage].copy,
+                size,
+                partial(self._note, stage, place),
+                lambda: (stage, slot) not in self._leaving,
+            )
+            if step and self._updates is not None:
+                self._updates.wait(step - 1, stage, action.chunk, ask)
+            else:
+                ask()
+
+    def _left(self, stage: int, place: int, start: float) -> None:
+        """Note that gradients have left, which gives their slot up."""
+        step, number = divmod(place, len(self._stages[stage]))
+        action = self._stages[stage][number]
+        self._note(stage, place, start)
+        self._leaving.remove((stage, self._slots[stage][action.chunk]))
+        if self._updates is not None and self._last_free[stage][action.chunk] == action:
+            self._updates.home(step, stage, action.chunk)
+        self._into[stage].go_on()
+
+    def _note(self, stage: int, place: int, start: float) -> None:
+        self._made.append(Copy(stage, place, start, self._clock.now))
+
+
+def _road(clock: Clock, host_link: HostLink) -> Road:
+    """Return one direction of a root's link."""
+    if host_link.uplink is None:
+        return Turns(clock, host_link.bandwidth)
+    return Uplink(clock, host_link.uplink, host_link.bandwidth)

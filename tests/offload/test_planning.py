@@ -8,7 +8,6 @@ import pytest
 from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.offload.planning.case import Case, make_case
 from seq1f1b.offload.planning.costs import action_costs, moved, parameters, stage_link
-from seq1f1b.offload.planning.links import Clock, Lane, Queue, Uplink
 from seq1f1b.offload.planning.machine import GB, Machine
 from seq1f1b.offload.planning.memory import estimated_bytes, traced_bytes
 from seq1f1b.offload.planning.search import best_offloaded
@@ -147,31 +146,6 @@ def test_a_step_is_no_shorter_than_what_it_consists_of():
         assert min(parts) >= -1e-9
         assert sum(parts) == pytest.approx(way.seconds)
         assert way.bound.seconds <= way.seconds
-
-
-def test_copies_of_gpus_under_a_root_share_its_link():
-    clock, ends = Clock(), {}
-    uplink = Uplink(clock, bandwidth=10.0, lane=8.0)
-    lanes = [Lane(uplink), Lane(uplink)]
-    lanes[0].copy(40.0, lambda: ends.setdefault("first", clock.now))
-    lanes[0].copy(8.0, lambda: ends.setdefault("behind it", clock.now))
-    clock.at(1.0, lambda: lanes[1].copy(10.0, lambda: ends.setdefault("beside", clock.now)))
-    clock.run()
-    # alone 8 a second for a second; 5 each for 2 seconds; then alone again: 22 left at 8
-    assert ends["beside"] == pytest.approx(3.0)
-    assert ends["first"] == pytest.approx(3.0 + 22 / 8)
-    assert ends["behind it"] == pytest.approx(3.0 + 22 / 8 + 1)
-    assert uplink.num_bytes == 58
-
-
-def test_one_worker_does_one_thing_at_a_time():
-    clock, ends = Clock(), []
-    queue = Queue(clock)
-    queue.work(2.0, lambda: ends.append(clock.now))
-    queue.work(1.0, lambda: ends.append(clock.now))
-    clock.at(5.0, lambda: queue.work(1.0, lambda: ends.append(clock.now)))
-    clock.run()
-    assert ends == [2.0, 3.0, 6.0]
 
 
 def test_sharing_a_root_slows_loads_and_crossing_the_mapping_can_help():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -229,6 +230,36 @@ def test_ranks_under_one_root_take_turns_in_the_order_of_asking():
     assert sorted(loads)[:2] == [(0.0, 1.0, 0), (1.0, 2.0, 1)]
 
 
+def test_ranks_under_one_root_can_share_it_evenly():
+    schedule = one_chunk_a_slot(prefetch=True)
+    one_by_one = HostLink.uniform(schedule, weights=2.0, gradients=4.0, bandwidth=2.0, roots=(7, 7))
+    costs = Costs.of_forwards(schedule, [1.0], backward_ratio=2.0)
+    for uplink, first_end in ((2.0, 2.0), (3.0, 4 / 3), (4.0, 1.0), (9.0, 1.0)):
+        result = simulate(schedule, costs, host_link=replace(one_by_one, uplink=uplink))
+        for stage in (0, 1):
+            action, start, end = next(timed(result, stage))
+            assert action.kind is Kind.LOAD_F
+            assert (start, end) == (0.0, pytest.approx(first_end))
+
+
+@settings(max_examples=30)
+@given(CASES, st.booleans())
+def test_a_step_does_not_feel_the_next_which_copies_as_much(case, prefetch):
+    shape, host_link = case
+    own = HostLink(host_link.weights, host_link.gradients, host_link.bandwidth)
+    schedule = shape.visiting(prefetch=prefetch)
+    costs = Costs.of_forwards(schedule, [1.0] * shape.s, backward_ratio=2.0)
+    one, several = (simulate(schedule, costs, None, own, num_steps=n) for n in (1, 3))
+    for stage, actions in enumerate(schedule.stages):
+        length = len(actions)
+        assert several.ends[stage][:length] == pytest.approx(one.ends[stage])
+        assert len(several.ends[stage]) == 3 * length
+    assert [sum(pair) for pair in several.copying] == pytest.approx(
+        [3 * sum(pair) for pair in one.copying]
+    )
+    assert several.busy == pytest.approx([3 * busy for busy in one.busy])
+
+
 def test_loads_that_take_half_as_long_as_computing_cost_what_nothing_hides():
     """2 stages, 4 chunks, 2 slots, 8 micro-batches: 6 loads in one turn."""
     shape = Shape(2, 4, 8, 1, 2, 8)
@@ -278,6 +309,7 @@ def test_slots_of_the_largest_chunk_are_what_weights_and_gradients_take():
         ({"roots": (0,)}, "roots of 1 stages for 2"),
         ({"bandwidth": 0.0}, "a bandwidth of 0 bytes/s copies nothing"),
         ({"bandwidth": math.nan}, "a bandwidth of nan bytes/s copies nothing"),
+        ({"uplink": 0.0}, "a bandwidth of 0 bytes/s copies nothing"),
     ],
 )
 def test_a_link_that_does_not_fit_is_refused(change, complaint):

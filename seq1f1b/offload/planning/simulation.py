@@ -1,21 +1,20 @@
-"""Runs a schedule whose model chunks visit the device on paper, for a few steps.
+"""Times a few steps of a schedule whose model chunks visit the device, Adam on the host included.
 
-Each GPU computes, loads and unloads at the same time: three lanes. The lanes of one direction share
-the uplink of their root. A load is asked for where the schedule has it, and begins once the host
-has updated the chunk's weights. A backward waits until the gradients of its slot's former chunk
-have left. Tensors between stages travel at a rate of their own and delay no load.
+Copies are those of ``seq1f1b.simulate.visits``: lanes of one direction share the uplink of their
+root evenly. A load begins no earlier than the host has updated the chunk's weights. Tensors between
+stages travel at a rate of their own and delay no load.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property, partial
+from functools import partial
 
-from seq1f1b.offload.planning.links import Clock, Lane, Queue, Then, Uplink
 from seq1f1b.offload.planning.machine import Machine
-from seq1f1b.schedule import Action, Kind, Schedule, residencies
-from seq1f1b.simulate import Costs, Link
+from seq1f1b.schedule import Schedule
+from seq1f1b.simulate import Costs, HostLink, Link, copied_bytes, simulate
+from seq1f1b.simulate.links import Clock, Queue, Then
 
 _SETTLED = 1
 """Steps before those that are timed: the first finds all weights updated."""
@@ -41,9 +40,9 @@ class Bytes:
     weights, gradients: bytes. adam: seconds.
     """
 
-    weights: Sequence[Sequence[float]]
-    gradients: Sequence[Sequence[float]]
-    adam: Sequence[Sequence[float]]
+    weights: tuple[tuple[float, ...], ...]
+    gradients: tuple[tuple[float, ...], ...]
+    adam: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -79,221 +78,97 @@ def simulate_visits(
         raise ValueError(f"{schedule.name} has no slots: deal them with visiting()")
     if num_steps < 2 + _SETTLED:
         raise ValueError(f"{num_steps} steps: at least {2 + _SETTLED} are needed to time one")
-    return _Run(schedule, costs, link, moves, machine, adam, num_steps).finish()
+    bare = _without_transport(schedule)
+    roots = tuple(machine.root(stage) for stage in range(schedule.num_stages))
+    host_link = HostLink(moves.weights, moves.gradients, machine.pcie, roots, machine.uplink)
+    updates = partial(_Updates, adam, moves.adam)
+    result = simulate(bare, costs, link, host_link, num_steps=num_steps, updates=updates)
+    ends = _ends_of_steps(bare, result.ends, num_steps)
+    return Visits(
+        seconds=(ends[-1] - ends[_SETTLED]) / (num_steps - 1 - _SETTLED),
+        loads=tuple(sum(a.kind.is_load for a in actions) for actions in bare.stages),
+        uplink_bytes=_uplink_bytes(bare, host_link),
+        busy=tuple(busy / num_steps for busy in result.busy),
+    )
 
 
-class _Stage:
-    """One stage's place in its list, and what is on its device."""
-
-    def __init__(self, actions: Sequence[Action], slots: Sequence[int]) -> None:
-        self.actions = [action for action in actions if _keeps(action)]
-        self.slots = slots
-        visits = residencies(self.actions, slots)
-        self.goes_backward = {visit.load: visit.goes_backward for visit in visits}
-        self.last = {a.chunk: a for a in self.actions if a.kind is Kind.B}
-        self.step = self.place = 0
-        self.is_computing = False
-        self.num_backwards: defaultdict[int, int] = defaultdict(int)
-        self.there: set[int] = set()
-        self.leaving: defaultdict[int, int] = defaultdict(int)
-        self.busy = 0.0
-        self.loads = 0
-
-
-def _keeps(action: Action) -> bool:
-    return action.kind.is_compute or action.kind.is_load or action.kind.is_free
-
-
-class _Run:
-    """The event simulation."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        costs: Costs,
-        link: Link,
-        moves: Bytes,
-        machine: Machine,
-        adam: Adam,
-        num_steps: int,
-    ) -> None:
-        self.schedule, self.costs, self.link, self.moves = schedule, costs, link, moves
-        self.adam, self.num_steps = adam, num_steps
-        assert schedule.slots is not None
-        self.stages = [
-            _Stage(actions, slots)
-            for actions, slots in zip(schedule.stages, schedule.slots, strict=True)
-        ]
-        self.clock = Clock()
-        self.host = Queue(self.clock)
-        ways = range(2)
-        self.uplinks = [
-            [Uplink(self.clock, machine.uplink, machine.pcie) for _ in ways]
-            for _ in range(machine.num_roots)
-        ]
-        roots = [self.uplinks[machine.root(stage)] for stage in range(schedule.num_stages)]
-        self.loading = [Lane(ways[0]) for ways in roots]
-        self.unloading = [Lane(ways[1]) for ways in roots]
-        self.arrived: set[tuple[int, int, Action]] = set()
-        self.released: set[tuple[int, int, int]] = set()
-        self.when_released: defaultdict[tuple[int, int, int], list[Then]] = defaultdict(list)
-        self.when_left: defaultdict[tuple[int, int], list[Then]] = defaultdict(list)
-        self.home: defaultdict[int, int] = defaultdict(int)
-        self.updated: defaultdict[int, int] = defaultdict(int)
-        self.ends = [0.0] * num_steps
-
-    @cached_property
-    def num_parts(self) -> int:
-        return self.schedule.num_stages * self.schedule.num_chunks
-
-    def finish(self) -> Visits:
-        for stage in range(len(self.stages)):
-            self.clock.at(0.0, partial(self.advance, stage))
-        self.clock.run()
-        assert all(stage.step == self.num_steps for stage in self.stages), "stages are stuck"
-        timed = self.num_steps - 1 - _SETTLED
-        return Visits(
-            seconds=(self.ends[-1] - self.ends[_SETTLED]) / timed,
-            loads=tuple(stage.loads // self.num_steps for stage in self.stages),
-            uplink_bytes=max(way.num_bytes for ways in self.uplinks for way in ways)
-            / self.num_steps,
-            busy=tuple(stage.busy / self.num_steps for stage in self.stages),
+def _without_transport(schedule: Schedule) -> Schedule:
+    """Return the schedule without sends and receives, which computations imply."""
+    stages = tuple(
+        tuple(
+            action
+            for action in actions
+            if action.kind.is_compute or action.kind.is_load or action.kind.is_free
         )
+        for actions in schedule.stages
+    )
+    return schedule.with_stages(stages, lowered=False)
 
-    def advance(self, number: int) -> None:
-        """Let a stage go on until it has to wait."""
-        stage = self.stages[number]
-        while not stage.is_computing and stage.step < self.num_steps:
-            action = stage.actions[stage.place]
-            if action.kind.is_load:
-                self.load(number, action)
-            elif action.kind.is_free:
-                self.free(number, action)
-            elif self.is_ready(number, action):
-                self.compute(number, action)
-                return
-            else:
-                return
-            self.pass_by(stage)
 
-    def pass_by(self, stage: _Stage) -> None:
-        stage.place += 1
-        if stage.place == len(stage.actions):
-            stage.place, stage.step = 0, stage.step + 1
-            stage.num_backwards.clear()
+def _ends_of_steps(step: Schedule, ends: Sequence[Sequence[float]], num_steps: int) -> list[float]:
+    """Return when the last computation of every step ends."""
+    last = [0.0] * num_steps
+    for actions, moments in zip(step.stages, ends, strict=True):
+        place = max(place for place, action in enumerate(actions) if action.kind.is_compute)
+        for number, end in enumerate(moments[place :: len(actions)]):
+            last[number] = max(last[number], end)
+    return last
 
-    def is_ready(self, number: int, action: Action) -> bool:
-        stage, schedule = self.stages[number], self.schedule
-        if action.chunk not in stage.there:
-            return False
-        forward = action.kind is Kind.F
-        if not forward and stage.leaving[stage.slots[action.chunk]]:
-            return False
-        before = (schedule.upstream if forward else schedule.downstream)(number, action.chunk)
-        return before is None or (stage.step, number, action) in self.arrived
 
-    def compute(self, number: int, action: Action) -> None:
-        stage = self.stages[number]
-        seconds = self.costs.of(number, action)
-        stage.is_computing = True
-        stage.busy += seconds
-        self.clock.at(self.clock.now + seconds, partial(self.computed, number, action))
+def _uplink_bytes(schedule: Schedule, host_link: HostLink) -> float:
+    """Return the bytes of a step in the busiest direction of a root."""
+    totals: defaultdict[tuple[int, bool], float] = defaultdict(float)
+    for stage, sizes in enumerate(copied_bytes(schedule, host_link)):
+        for action, size in sizes.items():
+            totals[host_link.root(stage), action.kind.is_load] += size
+    return max(totals.values())
 
-    def computed(self, number: int, action: Action) -> None:
-        stage, schedule = self.stages[number], self.schedule
-        stage.is_computing = False
-        forward = action.kind is Kind.F
-        if not forward:
-            stage.num_backwards[action.chunk] += 1
-        self.ends[stage.step] = max(self.ends[stage.step], self.clock.now)
-        after = (schedule.downstream if forward else schedule.upstream)(number, action.chunk)
-        if after is not None:
-            travels = 0.0
-            if after[0] != number:
-                travels = self.link.latency + self.link.transfer(action.sub_sequence)
-            there = action._replace(chunk=after[1])
-            self.clock.at(
-                self.clock.now + travels, partial(self.arrive, stage.step, after[0], there)
-            )
-        self.pass_by(stage)
-        self.advance(number)
 
-    def arrive(self, step: int, number: int, action: Action) -> None:
-        self.arrived.add((step, number, action))
-        self.advance(number)
+class _Updates:
+    """Adam on the host: one chunk's weights after the other, and when loads may have them.
 
-    def load(self, number: int, action: Action) -> None:
-        """Ask for the chunk's weights and, if some of its backwards have run, its gradients."""
-        stage, chunk = self.stages[number], action.chunk
-        stage.loads += 1
-        size = self.moves.weights[number][chunk]
-        back_again = stage.goes_backward[action] and stage.num_backwards[chunk] > 0
-        if back_again:
-            size += self.moves.gradients[number][chunk]
-        start = partial(self.loading[number].copy, size, partial(self.loaded, number, chunk))
-        released = stage.step - 1, number, chunk
-        left = number, stage.slots[chunk]
-        if stage.step > 0 and released not in self.released:
-            self.when_released[released].append(start)
-        elif back_again and stage.leaving[stage.slots[chunk]]:
-            self.when_left[left].append(start)
+    seconds: of every stage's chunks.
+    """
+
+    def __init__(self, adam: Adam, seconds: Sequence[Sequence[float]], clock: Clock) -> None:
+        self._adam, self._seconds = adam, seconds
+        self._host = Queue(clock)
+        stages, chunks = range(len(seconds)), range(len(seconds[0]))
+        self._parts = [(stage, chunk) for chunk in chunks for stage in stages]
+        self._home: defaultdict[int, int] = defaultdict(int)
+        self._updated: defaultdict[int, int] = defaultdict(int)
+        self._released: set[tuple[int, int, int]] = set()
+        self._waiting: defaultdict[tuple[int, int, int], list[Then]] = defaultdict(list)
+
+    def home(self, step: int, stage: int, chunk: int) -> None:
+        """Update what can be, now that a chunk's gradients are complete on the host."""
+        self._home[step] += 1
+        if not self._adam.clips:
+            self._update(step, stage, chunk)
+        elif self._home[step] == len(self._parts):
+            for part in self._parts:
+                self._update(step, *part)
+
+    def wait(self, step: int, stage: int, chunk: int, then: Then) -> None:
+        """Call ``then`` once loads may have the weights that ``step`` leads to."""
+        if (step, stage, chunk) in self._released:
+            then()
         else:
-            start()
+            self._waiting[step, stage, chunk].append(then)
 
-    def loaded(self, number: int, chunk: int) -> None:
-        self.stages[number].there.add(chunk)
-        self.advance(number)
+    def _update(self, step: int, stage: int, chunk: int) -> None:
+        self._host.work(self._seconds[stage][chunk], partial(self._done, step, stage, chunk))
 
-    def free(self, number: int, action: Action) -> None:
-        """Give the slot up; gradients leave first."""
-        stage, chunk = self.stages[number], action.chunk
-        stage.there.remove(chunk)
-        if action.kind is not Kind.FREE_B:
-            return
-        slot = stage.slots[chunk]
-        stage.leaving[slot] += 1
-        is_complete = action[1:] == stage.last[chunk][1:]
-        self.unloading[number].copy(
-            self.moves.gradients[number][chunk],
-            partial(self.left, stage.step, number, chunk, slot, is_complete),
-        )
+    def _done(self, step: int, stage: int, chunk: int) -> None:
+        self._updated[step] += 1
+        if self._adam is not Adam.SERIAL:
+            self._release(step, stage, chunk)
+        elif self._updated[step] == len(self._parts):
+            for part in self._parts:
+                self._release(step, *part)
 
-    def left(self, step: int, number: int, chunk: int, slot: int, is_complete: bool) -> None:
-        leaving = self.stages[number].leaving
-        leaving[slot] -= 1
-        if is_complete:
-            self.come_home(step, number, chunk)
-        if not leaving[slot]:
-            for start in self.when_left.pop((number, slot), []):
-                start()
-        self.advance(number)
-
-    def come_home(self, step: int, number: int, chunk: int) -> None:
-        """Hand Adam what it can do now that a chunk's gradients are complete on the host."""
-        self.home[step] += 1
-        if not self.adam.clips:
-            self.update(step, number, chunk)
-        elif self.home[step] == self.num_parts:
-            for each in range(self.schedule.num_chunks):
-                for stage in range(len(self.stages)):
-                    self.update(step, stage, each)
-
-    def update(self, step: int, number: int, chunk: int) -> None:
-        seconds = self.moves.adam[number][chunk]
-        self.host.work(seconds, partial(self.update_done, step, number, chunk))
-
-    def update_done(self, step: int, number: int, chunk: int) -> None:
-        self.updated[step] += 1
-        if self.adam is not Adam.SERIAL:
-            self.release(step, number, chunk)
-        elif self.updated[step] == self.num_parts:
-            for stage in range(len(self.stages)):
-                for each in range(self.schedule.num_chunks):
-                    self.release(step, stage, each)
-
-    def release(self, step: int, number: int, chunk: int) -> None:
-        """Let the next step load a chunk's new weights."""
-        key = step, number, chunk
-        self.released.add(key)
-        for start in self.when_released.pop(key, []):
-            start()
+    def _release(self, step: int, stage: int, chunk: int) -> None:
+        key = step, stage, chunk
+        self._released.add(key)
+        for then in self._waiting.pop(key, []):
+            then()
