@@ -32,9 +32,9 @@ class Visits(NamedTuple):
     """What one rank's run was: hash of all weights, losses, norms, and what the copies counted.
 
     buffer_bytes: weights and gradients of all chunks; largest_bytes: of the largest one, of each
-    kind. device_bytes: what they took of the device outside of the steps and in the optimizer.
-    host_bytes: of all tensors that stay, and estimated_bytes of those. late: steps that ended with
-    updates under way.
+    kind, and planned_bytes of a slot. device_bytes: what they took of the device outside of the
+    steps and in the optimizer. host_bytes: of all tensors that stay, and estimated_bytes of those.
+    late: steps that ended with updates under way.
     """
 
     weights: str
@@ -46,6 +46,7 @@ class Visits(NamedTuple):
     gradients_out: int
     buffer_bytes: int
     largest_bytes: int
+    planned_bytes: float
     device_bytes: set[int]
     host_bytes: int
     estimated_bytes: float
@@ -195,7 +196,14 @@ class _Training:
 
     def visits(self) -> Visits:
         """Return what all steps were."""
+        from megatron.core import parallel_state
+
+        from megatron.adaptor.offload.host_memory import host_bytes
+        from seq1f1b.offload.planning.memory import slot_sizes
+
         chunks, traffic = self.chunks, self.traffic
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        setting = _setting(self.case, bf16=self.way.bf16)
         return Visits(
             weights=_hash(chunks),
             losses=self.losses,
@@ -206,9 +214,10 @@ class _Training:
             gradients_out=traffic.gradients_out,
             buffer_bytes=sum(_bytes(buffer) for chunk in chunks for buffer in _buffers(chunk)),
             largest_bytes=_largest_bytes(chunks),
+            planned_bytes=sum(slot_sizes(setting, stage, num_slots=1)),
             device_bytes=self.device_bytes,
             host_bytes=_host_bytes(chunks, self.optimizer),
-            estimated_bytes=_estimated_bytes(self.case, bf16=self.way.bf16),
+            estimated_bytes=host_bytes(setting, [stage]),
             late=self.late,
         )
 
@@ -278,10 +287,8 @@ def _host_bytes(chunks: list[Any], optimizer: Any) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _estimated_bytes(case: Case, *, bf16: bool) -> float:
-    from megatron.core import parallel_state
-
-    from megatron.adaptor.offload.host_memory import host_bytes
+def _setting(case: Case, *, bf16: bool) -> Any:
+    """Return what the planner knows of a case."""
     from seq1f1b.planner.resolve import resolve
 
     options = {
@@ -303,8 +310,8 @@ def _estimated_bytes(case: Case, *, bf16: bool) -> float:
     }
     if case.experts:
         options |= {"num_experts": 4, "moe_router_topk": 2, "add_bias_linear": False}
-    setting = resolve(options, num_gpus=case.num_ranks)
-    return host_bytes(setting, [parallel_state.get_pipeline_model_parallel_rank()])
+        options |= {"expert_model_parallel_size": case.experts_shared}
+    return resolve(options, num_gpus=case.num_ranks)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,11 @@ GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
     "per token": (cut(V2, per_token=True), ONE, [way(1, LATE, EARLY)]),
     "packed": (cut(V4, documents="cu_seqlens"), ONE | FEW, [way(2, LATE, EARLY)]),
     "experts": (cut(V2, experts="aux_loss"), ONE, [way(1, LATE)]),
+    "experts dealt": (
+        replace(V2, experts="aux_loss", experts_shared=2, replicas=2),
+        ONE | FEW,
+        [way(1, LATE)],
+    ),
     "turns": (V4, {"turn": 2} | FEW, [way(2, LATE), way(3, EARLY) | PACED, way(1)]),
     "turns bf16": (cut(V4), {"turn": 3} | BF16 | FEW, [way(2, EARLY), way(3, LATE)]),
     "replicas": (replace(V2, replicas=2), ONE | FEW, [way(1, LATE, EARLY)]),
@@ -105,13 +110,15 @@ def check_traffic(case: Case, common: dict[str, Any], slots: int, visits: Visits
 
 
 @pytest.mark.parametrize(
-    "name", mostly_long(["v4", "tied", "experts", "replicas"], default=["tied"])
+    "name",
+    mostly_long(["v4", "tied", "experts", "experts dealt", "replicas"], default=["tied"]),
 )
-def test_host_memory_is_estimated_from_below(workers, name):
-    """Buffers begin each parameter at a multiple of 64 elements, which the estimate leaves out."""
+def test_memory_is_estimated_from_below(workers, name):
+    """Buffers begin each parameter at a multiple of 64 elements, which estimates leave out."""
     case, common, _ = GRID[name]
     for (resident,) in run(workers, case, common | {"steps": 1}):
         assert 0.93 < resident.estimated_bytes / resident.host_bytes <= 1
+        assert 0.93 < resident.planned_bytes / resident.largest_bytes <= 1
 
 
 def test_a_chunk_that_comes_back_to_another_slot_trains_wrongly(workers):

@@ -9,7 +9,7 @@ from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.offload.planning.case import Case, make_case
 from seq1f1b.offload.planning.costs import action_costs, moved, parameters, stage_link
 from seq1f1b.offload.planning.machine import GB, Machine
-from seq1f1b.offload.planning.memory import estimated_bytes, traced_bytes
+from seq1f1b.offload.planning.memory import estimated_bytes, slot_parameters, traced_bytes
 from seq1f1b.offload.planning.search import best_offloaded
 from seq1f1b.offload.planning.shape import Shape, arrange, batches, layouts
 from seq1f1b.offload.planning.simulation import Adam, simulate_visits
@@ -227,6 +227,22 @@ def test_a_recomputed_loss_keeps_the_softmax_of_one_sub_sequence():
         first = one.lengths[0]
     assert held[0] - held[1] == pytest.approx(7 / 8 * 4 * 131072 * 32768, rel=0.1)
     assert costs[1] - costs[0] == pytest.approx(2 * 512 * 131072 * first)
+
+
+def test_a_slot_has_room_for_the_largest_chunk_and_for_experts_that_are_dealt():
+    where, h, width = machine(2), 1024, 3 * 1024
+    experts = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 512}
+    mixed = case(where, moe_layer_freq="[0]*8+[1]*8", **experts).base
+    one = arrange(mixed, 2, Shape(2, 1, 1, 1, 8), 8)
+    both = 4 * (4 * h * h + 2 * h)
+    table, dense, router, dealt = 8192 * h, 4 * width * 2688, 4 * 4 * h, 4 * 4 * width * 512
+    # embedding and layers without experts, or the last ones, with experts and the output layer
+    assert slot_parameters(one, 0) == both + max(table + dense, router + dealt)
+    assert slot_parameters(one, 1) == both + max(dense, router + dealt + table + h)
+    # a half of the experts on another rank: Megatron keeps these in a buffer apart
+    apart = replace(one, experts=2)
+    assert slot_parameters(apart, 0) == both + table + dense + dealt / 2
+    assert slot_parameters(apart, 1) == both + max(dense, router + table + h) + dealt / 2
 
 
 def test_zero_offload_by_hand():

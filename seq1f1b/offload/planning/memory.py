@@ -1,9 +1,8 @@
 """What a GPU holds: slots of model chunks, or everything, and the tensors of a step; in bytes."""
 
 from seq1f1b.offload.planning.shape import Shape
-from seq1f1b.planner.chunks import parameters
 from seq1f1b.planner.memory.closed_form import moving_bytes
-from seq1f1b.planner.memory.parameters import gradient_bytes, static_sizes
+from seq1f1b.planner.memory.parameters import chunk_parameters, gradient_bytes, static_sizes
 from seq1f1b.planner.memory.stage import trace_stage
 from seq1f1b.planner.runtime import Runtime
 from seq1f1b.planner.setting import Setting
@@ -11,12 +10,22 @@ from seq1f1b.schedule import Schedule
 
 
 def slot_sizes(setting: Setting, stage: int, num_slots: int) -> list[float]:
-    """Return the bytes of each slot's weights and gradients.
+    """Return the bytes of each slot's weights and gradients on one rank of ``stage``."""
+    count = slot_parameters(setting, stage)
+    return [count * setting.element_bytes, count * gradient_bytes(setting)] * num_slots
 
-    Each is as large as the stage's largest chunk.
+
+def slot_parameters(setting: Setting, stage: int) -> float:
+    """Return for how many parameters a slot has room: those of the stage's largest chunk.
+
+    Experts that are dealt to other ranks than the rest of the weights have flat buffers of their
+    own, for the largest of which a slot has room too. Megatron's tensor_parallel/layers.py,
+    ``use_expert_pgs``, tells when.
     """
-    largest = max(parameters(setting)[stage])
-    return [largest * setting.element_bytes, largest * gradient_bytes(setting)] * num_slots
+    held = [chunk_parameters(setting, chunk) for chunk in setting.chunks[stage]]
+    if setting.experts == 1 and setting.expert_tensor == setting.tensor:
+        return max(chunk.dense + chunk.experts for chunk in held)
+    return max(chunk.dense for chunk in held) + max(chunk.experts for chunk in held)
 
 
 def traced_bytes(
