@@ -46,8 +46,8 @@ MUTANTS = (
     Mutant(
         "a sub-sequence does not see the one before it",
         "seq1f1b/attention/prefix_causal.py",
-        "return kernel.forward(query, carry.keys[: part.stop], carry.values[: part.stop], scale)",
-        "return kernel.forward(\n"
+        "return Inputs(query, carry.keys[: part.stop], carry.values[: part.stop], scale)",
+        "return Inputs(\n"
         "        query,\n"
         "        carry.keys[part.start : part.stop],\n"
         "        carry.values[part.start : part.stop],\n"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.carry import LayerCarry
-from seq1f1b.attention.kernels import Kernel, PackedKernel
+from seq1f1b.attention.kernels import Attended, Inputs, Kernel, PackedKernel
 from seq1f1b.attention.prefix_causal import backward_with_carry, forward_with_carry
 from seq1f1b.sequence import Documents, SubSequence
 
@@ -131,7 +131,7 @@ class _Packed(torch.autograd.Function):
             else:
                 # Copies, because a view would keep alive what the carries already hold.
                 k, v = k.clone(), v.clone()
-                own, log_sum_exp = _forward_whole(kernel, q, k, v, call.lengths, scale)
+                own, log_sum_exp = _forward_whole(kernel, Inputs(q, k, v, scale), call.lengths)
                 saved += [log_sum_exp, k, v]
             call.of(output).copy_(own)
         ctx.save_for_backward(query, output, *saved)
@@ -146,16 +146,14 @@ class _Packed(torch.autograd.Function):
         pieces = []
         for call in ctx.calls:
             grad, q, out = (call.of(x) for x in (grad_output, query, output))
-            log_sum_exp = next(saved)
+            attended = Attended(out, next(saved))
             if call.carry is not None:
                 grads = backward_with_carry(
-                    grad, q, out, log_sum_exp, call.carry, call.piece, ctx.scale, ctx.kernel
+                    grad, q, attended, call.carry, call.piece, ctx.scale, ctx.kernel
                 )
             else:
-                k, v = next(saved), next(saved)
-                grads = _backward_whole(
-                    ctx.kernel, grad, q, k, v, out, log_sum_exp, call.lengths, ctx.scale
-                )
+                inputs = Inputs(q, next(saved), next(saved), ctx.scale)
+                grads = _backward_whole(ctx.kernel, grad, inputs, attended, call.lengths)
             pieces.append(grads)
         num_rows = query.shape[1]
         by_row = [
@@ -167,26 +165,16 @@ class _Packed(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _forward_whole(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward_whole(kernel: Kernel, inputs: Inputs, lengths: tuple[int, ...]) -> Attended:
     if len(lengths) > 1 and isinstance(kernel, PackedKernel):
-        return kernel.forward_packed(q, k, v, lengths, scale)
-    return kernel.forward(q, k, v, scale)
+        return kernel.forward_packed(inputs, lengths)
+    return kernel.forward(inputs)
 
 
 def _backward_whole(
-    kernel: Kernel,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    lengths: tuple[int, ...],
-    scale: float,
+    kernel: Kernel, grad: Tensor, inputs: Inputs, attended: Attended, lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(lengths) > 1 and isinstance(kernel, PackedKernel):
-        return kernel.backward_packed(grad, q, k, v, out, log_sum_exp, lengths, scale)
-    gradients = kernel.backward(grad, q, k, v, out, log_sum_exp, scale)
+        return kernel.backward_packed(grad, inputs, attended, lengths)
+    gradients = kernel.backward(grad, inputs, attended)
     return gradients.query, gradients.key, gradients.value

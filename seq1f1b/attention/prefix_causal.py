@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.carry import LayerCarry
-from seq1f1b.attention.kernels import Kernel
+from seq1f1b.attention.kernels import Attended, Inputs, Kernel
 from seq1f1b.sequence import SubSequence
 
 
@@ -45,20 +45,19 @@ def forward_with_carry(
     part: SubSequence,
     scale: float,
     kernel: Kernel,
-) -> tuple[Tensor, Tensor]:
-    """Store keys and values in ``carry`` and return output and log-sum-exp; autograd sees nothing.
+) -> Attended:
+    """Store keys and values in ``carry`` and return what the kernel does; autograd sees nothing.
 
-    Shapes are those of ``Kernel``.
+    Shapes are those of ``causal_attention``.
     """
     carry.write(part, key, value)
-    return kernel.forward(query, carry.keys[: part.stop], carry.values[: part.stop], scale)
+    return kernel.forward(_with_prefix(query, carry, part, scale))
 
 
 def backward_with_carry(
     grad_output: Tensor,
     query: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
+    attended: Attended,
     carry: LayerCarry,
     part: SubSequence,
     scale: float,
@@ -68,15 +67,7 @@ def backward_with_carry(
 
     Gradients of the prefix are added to its accumulators.
     """
-    gradients = kernel.backward(
-        grad_output,
-        query,
-        carry.keys[: part.stop],
-        carry.values[: part.stop],
-        output,
-        log_sum_exp,
-        scale,
-    )
+    gradients = kernel.backward(grad_output, _with_prefix(query, carry, part, scale), attended)
     if gradients.before is not None:
         carry.add_before(part, *gradients.before)
     from_later = carry.gradients_of(part)
@@ -85,6 +76,10 @@ def backward_with_carry(
         torch.add(from_later[0], gradients.key, out=gradients.key)
         torch.add(from_later[1], gradients.value, out=gradients.value)
     return gradients.query, gradients.key, gradients.value
+
+
+def _with_prefix(query: Tensor, carry: LayerCarry, part: SubSequence, scale: float) -> Inputs:
+    return Inputs(query, carry.keys[: part.stop], carry.values[: part.stop], scale)
 
 
 class _PrefixCausal(torch.autograd.Function):
@@ -103,23 +98,16 @@ class _PrefixCausal(torch.autograd.Function):
     ) -> Tensor:
         # A view of the fused projection would keep its keys and values alive as well.
         query = query.contiguous()
-        output, log_sum_exp = forward_with_carry(query, key, value, carry, part, scale, kernel)
-        ctx.save_for_backward(query, output, log_sum_exp)
-        ctx.carry, ctx.part, ctx.scale, ctx.kernel = carry, part, scale, kernel
-        return output
+        attended = forward_with_carry(query, key, value, carry, part, scale, kernel)
+        ctx.save_for_backward(query, *attended)
+        ctx.others = carry, part, scale, kernel
+        return attended.output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        query, output, log_sum_exp = ctx.saved_tensors
+        query, *attended = ctx.saved_tensors
         grads = backward_with_carry(
-            grad_output.contiguous(),
-            query,
-            output,
-            log_sum_exp,
-            ctx.carry,
-            ctx.part,
-            ctx.scale,
-            ctx.kernel,
+            grad_output.contiguous(), query, Attended(*attended), *ctx.others
         )
         return *grads, None, None, None, None
 
@@ -131,15 +119,14 @@ class _WholeCausal(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: Kernel
     ) -> Tensor:
-        output, log_sum_exp = kernel.forward(query, key, value, scale)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        attended = kernel.forward(Inputs(query, key, value, scale))
+        ctx.save_for_backward(query, key, value, *attended)
         ctx.scale, ctx.kernel = scale, kernel
-        return output
+        return attended.output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
-        grads = ctx.kernel.backward(
-            grad_output.contiguous(), query, key, value, output, log_sum_exp, ctx.scale
-        )
+        query, key, value, *attended = ctx.saved_tensors
+        inputs = Inputs(query, key, value, ctx.scale)
+        grads = ctx.kernel.backward(grad_output.contiguous(), inputs, Attended(*attended))
         return grads.query, grads.key, grads.value, None, None

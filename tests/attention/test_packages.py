@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from seq1f1b.attention import choose_kernel
-from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.attention.kernels import KERNELS, Inputs
 from seq1f1b.attention.kernels.cudnn import Cudnn
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
@@ -348,13 +348,14 @@ def test_documents(package):
     kernel, _ = package
     lengths = (5, 1, 12)
     query, key, value, grad = make(18, 1, 4, 2, 8)
-    output, log_sum_exp = kernel.forward_packed(query, key, value, lengths, SCALE)
-    grads = kernel.backward_packed(grad, query, key, value, output, log_sum_exp, lengths, SCALE)
+    inputs = Inputs(query, key, value, SCALE)
+    attended = kernel.forward_packed(inputs, lengths)
+    grads = kernel.backward_packed(grad, inputs, attended, lengths)
     start = 0
     for length in lengths:
         rows = slice(start, start + length)
         wanted, wanted_grads = whole(*(x[rows] for x in (query, key, value, grad)))
-        torch.testing.assert_close(output[rows], wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(attended.output[rows], wanted, rtol=1e-10, atol=1e-12)
         for got, want in zip(grads, wanted_grads, strict=True):
             torch.testing.assert_close(got[rows], want, rtol=1e-10, atol=1e-12)
         start += length

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seq1f1b.attention import CarryPool
-from seq1f1b.attention.kernels import KERNELS
+from seq1f1b.attention.kernels import KERNELS, Attended
 from seq1f1b.attention.packed import packed_attention
 from seq1f1b.sequence import Documents, sub_sequences
 
@@ -23,9 +23,9 @@ class Counting:
         self.name = kernel.name
         self.keys_read = 0
 
-    def forward(self, query, key, value, scale):
-        self.keys_read += key.shape[0]
-        return self.kernel.forward(query, key, value, scale)
+    def forward(self, inputs):
+        self.keys_read += inputs.key.shape[0]
+        return self.kernel.forward(inputs)
 
     def backward(self, *args):
         return self.kernel.backward(*args)
@@ -34,16 +34,17 @@ class Counting:
 class InOneCall(type(KERNELS["reference"])):
     """A kernel that takes packed documents at once, as those for CUDA do."""
 
-    def forward_packed(self, query, key, value, lengths, scale):
+    def forward_packed(self, inputs, lengths):
+        query, key, value, scale = inputs
         weights, log_sum_exp = self._weights(query, key, lengths, scale)
         grouped = torch.einsum("bkgij,jbkd->ibkgd", weights, value)
-        return grouped.flatten(2, 3), log_sum_exp
+        return Attended(grouped.flatten(2, 3), log_sum_exp)
 
-    def backward_packed(self, grad, query, key, value, output, log_sum_exp, lengths, scale):
+    def backward_packed(self, grad, inputs, attended, lengths):
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-            again, _ = self.forward_packed(*inputs, lengths, scale)
-        return torch.autograd.grad(again, inputs, grad)
+            own = inputs.each(lambda x: x.detach().requires_grad_())
+            again, _ = self.forward_packed(own, lengths)
+        return torch.autograd.grad(again, own[:3], grad)
 
     def _weights(self, query, key, lengths, scale):
         grouped = query.unflatten(2, (key.shape[2], -1))

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seq1f1b.attention import CarryPool
-from seq1f1b.attention.kernels import Gradients
+from seq1f1b.attention.kernels import Attended, Gradients
 from seq1f1b.attention.prefix_causal import backward_with_carry, forward_with_carry
 from seq1f1b.sequence import sub_sequences
 
@@ -37,11 +37,12 @@ class Nothing:
     def supports(self, query, key, value):
         return True
 
-    def forward(self, query, key, value, scale):
-        return query, query
+    def forward(self, inputs):
+        return Attended(inputs.query, inputs.query)
 
-    def backward(self, grad_output, query, key, value, output, log_sum_exp, scale):
-        own, prefix = self.made[: len(query)], self.made[: len(key) - len(query)]
+    def backward(self, grad_output, inputs, attended):
+        own = self.made[: len(inputs.query)]
+        prefix = self.made[: len(inputs.key) - len(inputs.query)]
         return Gradients(grad_output, own, own, (prefix, prefix) if len(prefix) else None)
 
 
@@ -64,7 +65,7 @@ def test_one_pass_each(dtype):
         return forward_with_carry(query, key, value, *rest)
 
     def backward(gradient, query, output, *rest):
-        return backward_with_carry(gradient, query, output, output, *rest)
+        return backward_with_carry(gradient, query, Attended(output, output), *rest)
 
     for part in parts:
         assert passes(forward, part) == ["aten.copy_.default"] * 2

@@ -7,7 +7,13 @@ from seq1f1b.attention.kernels.cuda import CudaKernel
 from seq1f1b.attention.kernels.cudnn import Cudnn
 from seq1f1b.attention.kernels.flash_attn_2 import FlashAttn2
 from seq1f1b.attention.kernels.flash_attn_3 import FlashAttn3
-from seq1f1b.attention.kernels.interface import Gradients, Kernel, PackedKernel
+from seq1f1b.attention.kernels.interface import (
+    Attended,
+    Gradients,
+    Inputs,
+    Kernel,
+    PackedKernel,
+)
 from seq1f1b.attention.kernels.padded import Padded
 from seq1f1b.attention.kernels.reference import Reference
 from seq1f1b.attention.kernels.torch_flash import TorchFlash
@@ -54,4 +60,13 @@ def is_available(name: str) -> bool:
     return kernel.available() if isinstance(kernel, CudaKernel) else True
 
 
-__all__ = ["KERNELS", "Gradients", "Kernel", "PackedKernel", "choose_kernel", "is_available"]
+__all__ = [
+    "KERNELS",
+    "Attended",
+    "Gradients",
+    "Inputs",
+    "Kernel",
+    "PackedKernel",
+    "choose_kernel",
+    "is_available",
+]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.cuda import CudaKernel
-from seq1f1b.attention.kernels.interface import Gradients
+from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs
 
 
 class BottomRight(CudaKernel):
@@ -25,75 +25,54 @@ class BottomRight(CudaKernel):
     name: str
 
     @abstractmethod
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, bounds: Tensor | None, longest: int) -> Attended:
         """Return the output and the log-sum-exp, in the kernel's own layout."""
 
     @abstractmethod
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        bounds: Tensor | None,
-        longest: int,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, bounds: Tensor | None, longest: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> Attended:
         """See Kernel."""
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        output, log_sum_exp = self.run_forward(q, k, v, scale, None, 0)
-        return output.transpose(0, 1), log_sum_exp
+        output, log_sum_exp = self.run_forward(inputs.each(_batch_first), None, 0)
+        return Attended(_batch_first(output), log_sum_exp)
 
-    def backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_output: Tensor, inputs: Inputs, attended: Attended) -> Gradients:
         """See Kernel."""
-        grad, q, k, v, out = (x.transpose(0, 1) for x in (grad_output, query, key, value, output))
-        grads = self.run_backward(grad, q, k, v, out, log_sum_exp, scale, None, 0)
-        return Gradients.of_all(*(x.transpose(0, 1) for x in grads))
+        own = attended._replace(output=_batch_first(attended.output))
+        grads = self.run_backward(
+            _batch_first(grad_output), inputs.each(_batch_first), own, None, 0
+        )
+        return Gradients.of_all(*map(_batch_first, grads))
 
-    def forward_packed(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward_packed(self, inputs: Inputs, lengths: tuple[int, ...]) -> Attended:
         """See PackedKernel."""
-        q, k, v = (x[:, 0] for x in (query, key, value))
-        bounds = _bounds(lengths, query.device)
-        output, log_sum_exp = self.run_forward(q, k, v, scale, bounds, max(lengths))
-        return output[:, None], log_sum_exp
+        bounds = _bounds(lengths, inputs.query.device)
+        output, log_sum_exp = self.run_forward(inputs.each(_only_row), bounds, max(lengths))
+        return Attended(output[:, None], log_sum_exp)
 
     def backward_packed(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        lengths: tuple[int, ...],
-        scale: float,
+        self, grad_output: Tensor, inputs: Inputs, attended: Attended, lengths: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See PackedKernel."""
-        grad, q, k, v, out = (x[:, 0] for x in (grad_output, query, key, value, output))
-        bounds, longest = _bounds(lengths, query.device), max(lengths)
-        grads = self.run_backward(grad, q, k, v, out, log_sum_exp, scale, bounds, longest)
-        grad_query, grad_key, grad_value = (x[:, None] for x in grads)
-        return grad_query, grad_key, grad_value
+        own = attended._replace(output=_only_row(attended.output))
+        bounds = _bounds(lengths, inputs.query.device)
+        grad_query, grad_key, grad_value = self.run_backward(
+            _only_row(grad_output), inputs.each(_only_row), own, bounds, max(lengths)
+        )
+        return grad_query[:, None], grad_key[:, None], grad_value[:, None]
+
+
+def _batch_first(x: Tensor) -> Tensor:
+    """``[s, b, heads, dim]`` to ``[b, s, heads, dim]``, and back."""
+    return x.transpose(0, 1)
+
+
+def _only_row(x: Tensor) -> Tensor:
+    """``[s, 1, heads, dim]`` to ``[s, heads, dim]``."""
+    return x[:, 0]
 
 
 @lru_cache(maxsize=256)

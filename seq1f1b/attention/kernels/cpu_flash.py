@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seq1f1b.attention.kernels.interface import Attended, Inputs
 from seq1f1b.attention.kernels.top_left import TopLeft, raised
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -23,28 +24,20 @@ class CpuFlash(TopLeft):
         """See TopLeft; in float32 two partial results are rounded once, not thrice."""
         return tuple(raised(x) for x in tensors)
 
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, *, causal: bool) -> Attended:
         """See TopLeft."""
-        return _forward(q, _shared(k, q), _shared(v, q), _NO_DROPOUT, causal, scale=scale)
+        q, k, v, scale = inputs
+        keys, values = _shared(k, q), _shared(v, q)
+        return Attended(*_forward(q, keys, values, _NO_DROPOUT, causal, scale=scale))
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        *,
-        causal: bool,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, *, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See TopLeft."""
+        q, k, v, scale = inputs
         keys, values = _shared(k, q), _shared(v, q)
         grad_query, grad_key, grad_value = _backward(
-            grad, q, keys, values, output, log_sum_exp, _NO_DROPOUT, causal, scale=scale
+            grad, q, keys, values, *attended, _NO_DROPOUT, causal, scale=scale
         )
         return grad_query, _summed(grad_key), _summed(grad_value)
 

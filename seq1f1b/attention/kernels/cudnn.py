@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.cuda import AMPERE, CudaKernel, generation
+from seq1f1b.attention.kernels.interface import Attended, Inputs
 from seq1f1b.attention.kernels.top_left import TopLeft
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -31,28 +32,20 @@ class Cudnn(CudaKernel, TopLeft):
             return False
         return super().takes_heads(key_size, value_size)
 
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, *, causal: bool) -> Attended:
         """See TopLeft."""
+        q, k, v, scale = inputs
         output, log_sum_exp, *_ = _forward(
             q, k, v, None, True, _NO_DROPOUT, causal, False, scale=scale
         )
-        return output, log_sum_exp.squeeze(-1)
+        return Attended(output, log_sum_exp.squeeze(-1))
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        *,
-        causal: bool,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, *, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See TopLeft."""
+        q, k, v, scale = inputs
+        output, log_sum_exp = attended
         state = torch.zeros((), dtype=torch.long, device=q.device)  # of dropout, which is off
         return _backward(
             *(grad, q, k, v, output, log_sum_exp[..., None], state, state, None, None, None),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
 from seq1f1b.attention.kernels.cuda import AMPERE, generation, is_installed
+from seq1f1b.attention.kernels.interface import Attended, Inputs
 
 _OLDEST = (2, 8)
 _NO_DROPOUT, _NO_WINDOW, _NO_CAP = 0.0, (-1, -1), 0.0
@@ -22,10 +23,9 @@ class FlashAttn2(BottomRight):
         """See CudaKernel."""
         return is_installed("flash-attn", _OLDEST) and generation() >= AMPERE
 
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, bounds: Tensor | None, longest: int) -> Attended:
         """See BottomRight."""
+        q, k, v, scale = inputs
         package = _package()
         options = (_NO_DROPOUT, scale, True, *_NO_WINDOW, _NO_CAP, None, False)
         if bounds is None:
@@ -34,24 +34,16 @@ class FlashAttn2(BottomRight):
             output, log_sum_exp, *_ = package._flash_attn_varlen_forward(
                 q, k, v, bounds, bounds, longest, longest, *options
             )
-        return output, log_sum_exp
+        return Attended(output, log_sum_exp)
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        bounds: Tensor | None,
-        longest: int,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, bounds: Tensor | None, longest: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See BottomRight."""
+        q, k, v, scale = inputs
         package = _package()
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        given = (grad, q, k, v, output, log_sum_exp, *grads)
+        given = (grad, q, k, v, *attended, *grads)
         is_deterministic = torch.are_deterministic_algorithms_enabled()
         options = (_NO_DROPOUT, scale, True, *_NO_WINDOW, _NO_CAP, None, is_deterministic)
         if bounds is None:

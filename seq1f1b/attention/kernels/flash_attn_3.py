@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
 from seq1f1b.attention.kernels.cuda import generation
+from seq1f1b.attention.kernels.interface import Attended, Inputs
 
 _HOPPER = 9
 _LATENT_HEADS = (192, 128)
@@ -31,10 +32,9 @@ class FlashAttn3(BottomRight):
             return False
         return super().takes_heads(key_size, value_size) or (key_size, value_size) == _LATENT_HEADS
 
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, bounds: Tensor | None, longest: int) -> Attended:
         """See BottomRight."""
+        q, k, v, scale = inputs
         most = None if bounds is None else longest
         # By place: older builds have no defaults, and the places are the same. The arguments in
         # between are a cache of keys, pages, rotation and scales of 8-bit types.
@@ -43,26 +43,18 @@ class FlashAttn3(BottomRight):
             *([None] * 9),
             *(scale, True),
         )
-        return output, log_sum_exp
+        return Attended(output, log_sum_exp)
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        bounds: Tensor | None,
-        longest: int,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, bounds: Tensor | None, longest: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See BottomRight."""
+        q, k, v, scale = inputs
         most = None if bounds is None else longest
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         # By place: the name of the argument for causality is not the same in all versions.
         _package()._flash_attn_backward(
-            *(grad, q, k, v, output, log_sum_exp, bounds, bounds, None, None, most, most),
+            *(grad, q, k, v, *attended, bounds, bounds, None, None, most, most),
             *(*grads, scale, True),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

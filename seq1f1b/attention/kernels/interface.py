@@ -1,9 +1,38 @@
 """What an attention kernel offers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """What attention is computed of.
+
+    query ``[n, b, heads, k dim]``, key ``[c + n, b, kv heads, k dim]`` and value
+    ``[c + n, b, kv heads, v dim]``, where heads is a multiple of kv heads. ``scale`` multiplies the
+    products of queries and keys before the softmax.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """Return them with ``change`` made to each tensor."""
+        return Inputs(change(self.query), change(self.key), change(self.value), self.scale)
+
+
+class Attended(NamedTuple):
+    """What a kernel's forward returns and its backward takes.
+
+    output ``[n, b, heads, v dim]``; the log-sum-exp is of the kernel's own kind.
+    """
+
+    output: Tensor
+    log_sum_exp: Tensor
 
 
 @dataclass(frozen=True)
@@ -29,9 +58,7 @@ class Gradients:
 class Kernel(Protocol):
     """Causal attention of the last n of c + n tokens over all of them.
 
-    Shapes: query ``[n, b, heads, k dim]``, key ``[c + n, b, kv heads, k dim]``, value
-    ``[c + n, b, kv heads, v dim]``, where heads is a multiple of kv heads. Query i may look at keys
-    0 to c + i.
+    Query i may look at keys 0 to c + i.
     """
 
     name: str
@@ -40,25 +67,11 @@ class Kernel(Protocol):
         """Whether the kernel can compute on tensors of this device, type and head size."""
         ...
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output ``[n, b, heads, v dim]`` and the kernel's own kind of log-sum-exp.
-
-        ``scale`` multiplies the products of queries and keys before the softmax.
-        """
+    def forward(self, inputs: Inputs) -> Attended:
+        """Return the output, and what the backward needs besides."""
         ...
 
-    def backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_output: Tensor, inputs: Inputs, attended: Attended) -> Gradients:
         """Return the gradients."""
         ...
 
@@ -67,26 +80,16 @@ class Kernel(Protocol):
 class PackedKernel(Kernel, Protocol):
     """A kernel that computes documents of different lengths in one call.
 
-    Shapes are those of ``Kernel`` with no prefix and a batch of 1: documents of ``lengths`` tokens
+    Shapes are those of ``Inputs`` with no prefix and a batch of 1: documents of ``lengths`` tokens
     lie one behind the other, and each one's tokens attend causally within it.
     """
 
-    def forward_packed(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward_packed(self, inputs: Inputs, lengths: tuple[int, ...]) -> Attended:
         """See Kernel.forward."""
         ...
 
     def backward_packed(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        lengths: tuple[int, ...],
-        scale: float,
+        self, grad_output: Tensor, inputs: Inputs, attended: Attended, lengths: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
         ...

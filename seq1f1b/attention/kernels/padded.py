@@ -7,7 +7,7 @@ output's columns beyond the values' are then zero, and so are their gradients.
 from torch import Tensor
 from torch.nn.functional import pad
 
-from seq1f1b.attention.kernels.interface import Gradients, Kernel
+from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs, Kernel
 
 
 class Padded:
@@ -21,37 +21,22 @@ class Padded:
         """See Kernel."""
         return value.shape[-1] < key.shape[-1] and self._kernel.supports(query, key, key)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> Attended:
         """See Kernel."""
-        width = value.shape[-1]
-        output, log_sum_exp = self._kernel.forward(query, key, _widen(value, key), scale)
-        return output[..., :width], log_sum_exp
+        output, log_sum_exp = self._kernel.forward(_wide(inputs))
+        return Attended(output[..., : inputs.value.shape[-1]], log_sum_exp)
 
-    def backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_output: Tensor, inputs: Inputs, attended: Attended) -> Gradients:
         """See Kernel."""
-        width = value.shape[-1]
-        wide = self._kernel.backward(
-            _widen(grad_output, key),
-            query,
-            key,
-            _widen(value, key),
-            _widen(output, key),
-            log_sum_exp,
-            scale,
-        )
+        key, width = inputs.key, inputs.value.shape[-1]
+        wide_attended = attended._replace(output=_widen(attended.output, key))
+        wide = self._kernel.backward(_widen(grad_output, key), _wide(inputs), wide_attended)
         before = wide.before and (wide.before[0], wide.before[1][..., :width])
         return Gradients(wide.query, wide.key, wide.value[..., :width], before)
+
+
+def _wide(inputs: Inputs) -> Inputs:
+    return inputs._replace(value=_widen(inputs.value, inputs.key))
 
 
 def _widen(values: Tensor, key: Tensor) -> Tensor:

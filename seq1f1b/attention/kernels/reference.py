@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.interface import Gradients
+from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs
 
 
 class Reference:
@@ -15,27 +15,19 @@ class Reference:
         """Anything goes."""
         return True
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> Attended:
         """See Kernel; the log-sum-exp is ``[b, kv heads, group, n]``."""
+        query, key, value, scale = inputs
         scores = _scores(query, key, scale)
         log_sum_exp = scores.logsumexp(dim=-1)
         weights = (scores - log_sum_exp[..., None]).exp()
         output = torch.einsum("bkgij,jbkd->ibkgd", weights, value.to(weights.dtype))
-        return output.flatten(2, 3).to(query.dtype), log_sum_exp
+        return Attended(output.flatten(2, 3).to(query.dtype), log_sum_exp)
 
-    def backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_output: Tensor, inputs: Inputs, attended: Attended) -> Gradients:
         """See Kernel."""
+        query, key, value, scale = inputs
+        output, log_sum_exp = attended
         weights = (_scores(query, key, scale) - log_sum_exp[..., None]).exp()
         dtype, kv_heads = weights.dtype, key.shape[2]
         grad = grad_output.to(dtype).unflatten(2, (kv_heads, -1))

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.interface import Gradients
+from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs
 
 
 class TopLeft(ABC):
@@ -24,23 +24,12 @@ class TopLeft(ABC):
     name: str
 
     @abstractmethod
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, *, causal: bool) -> Attended:
         """Return the output and the log-sum-exp; the mask, if any, is square."""
 
     @abstractmethod
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        *,
-        causal: bool,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, *, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v."""
 
@@ -48,10 +37,9 @@ class TopLeft(ABC):
         """Return the tensors as two calls get them whose results are put together."""
         return tensors
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> Attended:
         """See Kernel; the log-sum-exp is ``[b * kv heads, group, n]``."""
+        query, key, value, scale = inputs
         kv_heads = key.shape[2]
         prefix = key.shape[0] - query.shape[0]
         dtype = query.dtype
@@ -59,29 +47,22 @@ class TopLeft(ABC):
             query, key, value = self.in_two_calls(query, key, value)
         q, k, v = (_fold(x, kv_heads) for x in (query, key, value))
         output, log_sum_exp = self.run_forward(
-            q, k[:, :, prefix:], v[:, :, prefix:], scale, causal=True
+            Inputs(q, k[:, :, prefix:], v[:, :, prefix:], scale), causal=True
         )
         if prefix:
             before, before_lse = self.run_forward(
-                _as_rows(q), k[:, :, :prefix], v[:, :, :prefix], scale, causal=False
+                Inputs(_as_rows(q), k[:, :, :prefix], v[:, :, :prefix], scale), causal=False
             )
             output, before = raised(output), raised(before).view(q.shape)
             before_lse = before_lse.view(log_sum_exp.shape)
             output.lerp_(before, torch.sigmoid(before_lse - log_sum_exp)[..., None])
             log_sum_exp = torch.logaddexp(log_sum_exp, before_lse)
-        return _as(_unfold(output, kv_heads), dtype), log_sum_exp
+        return Attended(_as(_unfold(output, kv_heads), dtype), log_sum_exp)
 
-    def backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_output: Tensor, inputs: Inputs, attended: Attended) -> Gradients:
         """See Kernel."""
+        query, key, value, scale = inputs
+        output, log_sum_exp = attended
         kv_heads = key.shape[2]
         prefix = key.shape[0] - query.shape[0]
         dtype = query.dtype
@@ -97,7 +78,10 @@ class TopLeft(ABC):
         ) -> tuple[Tensor, Tensor, Tensor]:
             grad, q, out, lse = rows
             grad_query, grad_key, grad_value = self.run_backward(
-                grad, q, k[:, :, tokens], v[:, :, tokens], out, lse, scale, causal=causal
+                grad,
+                Inputs(q, k[:, :, tokens], v[:, :, tokens], scale),
+                Attended(out, lse),
+                causal=causal,
             )
             return grad_query, _unfold(grad_key, kv_heads), _unfold(grad_value, kv_heads)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
 from seq1f1b.attention.kernels.cuda import AMPERE, generation
+from seq1f1b.attention.kernels.interface import Attended, Inputs
 
 _NO_DROPOUT = 0.0
 
@@ -18,33 +19,24 @@ class TorchFlash(BottomRight):
         """See CudaKernel."""
         return generation() >= AMPERE
 
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None, longest: int
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, inputs: Inputs, bounds: Tensor | None, longest: int) -> Attended:
         """See BottomRight."""
+        q, k, v, scale = inputs
         most = (q.shape[1], k.shape[1]) if bounds is None else (longest, longest)
         output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, bounds, bounds, *most, _NO_DROPOUT, True, False, scale=scale
         )
-        return output, log_sum_exp
+        return Attended(output, log_sum_exp)
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        bounds: Tensor | None,
-        longest: int,
+        self, grad: Tensor, inputs: Inputs, attended: Attended, bounds: Tensor | None, longest: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See BottomRight."""
+        q, k, v, scale = inputs
         most = (q.shape[1], k.shape[1]) if bounds is None else (longest, longest)
         state = torch.empty(0, dtype=torch.uint64, device=q.device)  # of dropout, which is off
         return torch.ops.aten._flash_attention_backward(
-            *(grad, q, k, v, output, log_sum_exp, bounds, bounds, *most),
+            *(grad, q, k, v, *attended, bounds, bounds, *most),
             *(_NO_DROPOUT, True, state, state),
             scale=scale,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.cuda import AMPERE, CudaKernel, generation, is_installed
-from seq1f1b.attention.kernels.interface import Gradients
+from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs
 
 _OLDEST = (2, 0)
 _PACKAGE = "transformer_engine.pytorch"
@@ -42,38 +42,27 @@ class TransformerEngine(CudaKernel):
         sizes = key_size, value_size
         return max(sizes) <= _LARGEST_HEAD and not any(size % _HEAD_MULTIPLE for size in sizes)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> Attended:
         """See Kernel; the log-sum-exp is ``[b, heads, n, 1]``."""
-        q, k, v = (x.contiguous() for x in (query, key, value))
+        q, k, v, scale = inputs.each(Tensor.contiguous)
         output, (log_sum_exp, *_) = _functions().fused_attn_fwd(
             is_training=True, q=q, k=k, v=v, **_options(q, k, scale)
         )
-        return output, log_sum_exp
+        return Attended(output, log_sum_exp)
 
-    def backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_output: Tensor, inputs: Inputs, attended: Attended) -> Gradients:
         """See Kernel."""
-        grad, q, k, v, out = (x.contiguous() for x in (grad_output, query, key, value, output))
+        q, k, v, scale = inputs.each(Tensor.contiguous)
         state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, which is off
         types = importlib.import_module(f"{_PACKAGE}.constants").TE_DType
         grad_query, grad_key, grad_value, *_ = _functions().fused_attn_bwd(
             q=q,
             k=k,
             v=v,
-            o=out,
-            d_o=grad,
+            o=attended.output.contiguous(),
+            d_o=grad_output.contiguous(),
             dqkv_dtype=types[q.dtype],
-            aux_ctx_tensors=[log_sum_exp, state],
+            aux_ctx_tensors=[attended.log_sum_exp, state],
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **_options(q, k, scale),
         )

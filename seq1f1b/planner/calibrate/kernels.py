@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from seq1f1b.attention.kernels import choose_kernel
+from seq1f1b.attention.kernels import Inputs, choose_kernel
 from seq1f1b.planner.time.layer import SEPARATE_OPERATIONS as OPERATIONS
 
 _TERA = 1e12
@@ -127,11 +127,9 @@ class Bench:
             key, value = (self.random(before + own, 1, groups, dim) for _ in range(2))
             gradient = self.random(own, 1, heads, dim)
             kernel = choose_kernel(query, key, value)
-            output, log_sum_exp = kernel.forward(query, key, value, scale)
-
-            forward = partial(kernel.forward, query, key, value, scale)
-            saved = gradient, query, key, value, output, log_sum_exp, scale
-            backward = partial(kernel.backward, *saved)
+            inputs = Inputs(query, key, value, scale)
+            forward = partial(kernel.forward, inputs)
+            backward = partial(kernel.backward, gradient, inputs, forward())
             operations = 4.0 * heads * dim * (own * before + own * (own + 1) / 2)
             yield (
                 (own, before, heads, groups, dim),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention import Kernel, choose_kernel
-from seq1f1b.attention.kernels import PackedKernel
+from seq1f1b.attention.kernels import Attended, Inputs, PackedKernel
 from seq1f1b.ulysses.cores.core import Core
 from seq1f1b.ulysses.cores.scope import Options, Scope, Segment
 
@@ -53,11 +53,11 @@ class KernelCore(Core):
         output = q.new_zeros(*q.shape[:3], v.shape[3])
         saved = []
         for piece in _pieces(scope, isinstance(kernel, PackedKernel)):
-            own = _tokens_first(q, k, v, piece)
+            own = Inputs(*_tokens_first(q, k, v, piece), options.scale)
             if piece.lengths and isinstance(kernel, PackedKernel):
-                part, log_sum_exp = kernel.forward_packed(*own, piece.lengths, options.scale)
+                part, log_sum_exp = kernel.forward_packed(own, piece.lengths)
             else:
-                part, log_sum_exp = kernel.forward(*own, options.scale)
+                part, log_sum_exp = kernel.forward(own)
             output[piece.batch, :, piece.queries] = part.permute(1, 2, 0, 3)
             saved.append(log_sum_exp)
         return output, tuple(saved)
@@ -79,17 +79,15 @@ class KernelCore(Core):
         grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         pieces = _pieces(scope, isinstance(kernel, PackedKernel))
         for piece, log_sum_exp in zip(pieces, saved, strict=True):
-            own = _tokens_first(q, k, v, piece)
+            own = Inputs(*_tokens_first(q, k, v, piece), options.scale)
             out, grad = (
                 x[piece.batch, :, piece.queries].permute(2, 0, 1, 3) for x in (output, grad_output)
             )
-            grad = grad.contiguous()
+            grad, attended = grad.contiguous(), Attended(out, log_sum_exp)
             if piece.lengths and isinstance(kernel, PackedKernel):
-                dq, dk, dv = kernel.backward_packed(
-                    grad, *own, out, log_sum_exp, piece.lengths, options.scale
-                )
+                dq, dk, dv = kernel.backward_packed(grad, own, attended, piece.lengths)
             else:
-                found = kernel.backward(grad, *own, out, log_sum_exp, options.scale)
+                found = kernel.backward(grad, own, attended)
                 dq, dk, dv = found.query, found.key, found.value
                 if found.before is not None:
                     dk = torch.cat([found.before[0].to(dk.dtype), dk])
