@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.interface import Attended, Inputs
+from seq1f1b.attention.kernels.limits import Limited, Limits
 from seq1f1b.attention.kernels.top_left import TopLeft, raised
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -11,14 +12,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _NO_DROPOUT = 0.0
 
 
-class CpuFlash(TopLeft):
+class CpuFlash(Limited, TopLeft):
     """Needs keys and values of equal head size."""
 
     name = "cpu-flash"
-
-    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """See Kernel."""
-        return query.device.type == "cpu" and key.shape[-1] == value.shape[-1]
+    limits = Limits("a CPU", device="cpu")
 
     def in_two_calls(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """See TopLeft; in float32 two partial results are rounded once, not thrice."""

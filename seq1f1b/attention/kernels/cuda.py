@@ -1,4 +1,4 @@
-"""What kernels for CUDA have in common: half precision, and heads of certain sizes."""
+"""What kernels for CUDA have in common: half precision, and a package or a GPU that is there."""
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
@@ -7,30 +7,22 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
-_LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
+from seq1f1b.attention.kernels.limits import Limited
+
+HALF = (torch.float16, torch.bfloat16)
 AMPERE = 8
 
 
-class CudaKernel(ABC):
-    """Subclasses say whether they are there, and which heads they take if not these."""
+class CudaKernel(Limited, ABC):
+    """Subclasses say whether they are there."""
 
     @abstractmethod
     def available(self) -> bool:
         """Whether the package and the device that it needs are there."""
 
-    def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """Whether heads may have these sizes."""
-        return key_size == value_size <= _LARGEST_HEAD and key_size % _HEAD_MULTIPLE == 0
-
     def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """See Kernel."""
-        return (
-            query.device.type == "cuda"
-            and query.dtype in _HALF
-            and self.takes_heads(key.shape[-1], value.shape[-1])
-            and self.available()
-        )
+        return super().supports(query, key, value) and self.available()
 
 
 @lru_cache(maxsize=1)

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.cuda import AMPERE, CudaKernel, generation
+from seq1f1b.attention.kernels.cuda import AMPERE, HALF, CudaKernel, generation
 from seq1f1b.attention.kernels.interface import Attended, Inputs
+from seq1f1b.attention.kernels.limits import Limits
 from seq1f1b.attention.kernels.top_left import TopLeft
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 _NO_DROPOUT = 0.0
-_LARGEST_HEAD = 128
 
 
 class Cudnn(CudaKernel, TopLeft):
@@ -21,16 +21,18 @@ class Cudnn(CudaKernel, TopLeft):
     """
 
     name = "cudnn"
+    limits = Limits(
+        "a GPU from Ampere on; only by name",
+        device="cuda",
+        dtypes=HALF,
+        largest_head=128,
+        head_multiple=8,
+        largest_deterministic=0,
+    )
 
     def available(self) -> bool:
         """See CudaKernel."""
         return generation() >= AMPERE and torch.backends.cudnn.is_available()
-
-    def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """See CudaKernel; none where torch is told to be deterministic."""
-        if torch.are_deterministic_algorithms_enabled() or key_size > _LARGEST_HEAD:
-            return False
-        return super().takes_heads(key_size, value_size)
 
     def run_forward(self, inputs: Inputs, *, causal: bool) -> Attended:
         """See TopLeft."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
-from seq1f1b.attention.kernels.cuda import AMPERE, generation, is_installed
+from seq1f1b.attention.kernels.cuda import AMPERE, HALF, generation, is_installed
 from seq1f1b.attention.kernels.interface import Attended, Inputs
+from seq1f1b.attention.kernels.limits import Limits
 
 _OLDEST = (2, 8)
 _NO_DROPOUT, _NO_WINDOW, _NO_CAP = 0.0, (-1, -1), 0.0
@@ -18,6 +19,13 @@ class FlashAttn2(BottomRight):
     """Deterministic when torch is told to be."""
 
     name = "flash-attn-2"
+    limits = Limits(
+        "a GPU from Ampere on, package flash-attn from {}.{} on".format(*_OLDEST),
+        device="cuda",
+        dtypes=HALF,
+        largest_head=256,
+        head_multiple=8,
+    )
 
     def available(self) -> bool:
         """See CudaKernel."""

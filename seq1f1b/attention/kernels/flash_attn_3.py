@@ -9,28 +9,30 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
-from seq1f1b.attention.kernels.cuda import generation
+from seq1f1b.attention.kernels.cuda import HALF, generation
 from seq1f1b.attention.kernels.interface import Attended, Inputs
+from seq1f1b.attention.kernels.limits import Limits
 
 _HOPPER = 9
-_LATENT_HEADS = (192, 128)
-_LARGEST_DETERMINISTIC = 192
 
 
 class FlashAttn3(BottomRight):
     """Takes the head sizes of DeepSeek's latent attention too."""
 
     name = "flash-attn-3"
+    limits = Limits(
+        "a Hopper GPU, flash-attention's `hopper` built",
+        device="cuda",
+        dtypes=HALF,
+        largest_head=256,
+        head_multiple=8,
+        other_heads=((192, 128),),
+        largest_deterministic=192,
+    )
 
     def available(self) -> bool:
         """See CudaKernel."""
         return _usable()
-
-    def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """See CudaKernel; the largest heads have no deterministic backward."""
-        if torch.are_deterministic_algorithms_enabled() and key_size > _LARGEST_DETERMINISTIC:
-            return False
-        return super().takes_heads(key_size, value_size) or (key_size, value_size) == _LATENT_HEADS
 
     def run_forward(self, inputs: Inputs, bounds: Tensor | None, longest: int) -> Attended:
         """See BottomRight."""

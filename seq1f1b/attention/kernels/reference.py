@@ -4,16 +4,14 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs
+from seq1f1b.attention.kernels.limits import Limited, Limits
 
 
-class Reference:
+class Reference(Limited):
     """Builds the n x (c + n) matrix of scores."""
 
     name = "reference"
-
-    def supports(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Anything goes."""
-        return True
+    limits = Limits("nothing; holds the whole matrix", equal_heads=False)
 
     def forward(self, inputs: Inputs) -> Attended:
         """See Kernel; the log-sum-exp is ``[b, kv heads, group, n]``."""

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from seq1f1b.attention.kernels.bottom_right import BottomRight
-from seq1f1b.attention.kernels.cuda import AMPERE, generation
+from seq1f1b.attention.kernels.cuda import AMPERE, HALF, generation
 from seq1f1b.attention.kernels.interface import Attended, Inputs
+from seq1f1b.attention.kernels.limits import Limits
 
 _NO_DROPOUT = 0.0
 
@@ -14,6 +15,9 @@ class TorchFlash(BottomRight):
     """Torch itself makes its backward deterministic when it is told to be."""
 
     name = "torch-flash"
+    limits = Limits(
+        "a GPU from Ampere on", device="cuda", dtypes=HALF, largest_head=256, head_multiple=8
+    )
 
     def available(self) -> bool:
         """See CudaKernel."""

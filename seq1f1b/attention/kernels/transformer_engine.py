@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seq1f1b.attention.kernels.cuda import AMPERE, CudaKernel, generation, is_installed
+from seq1f1b.attention.kernels.cuda import (
+    AMPERE,
+    HALF,
+    CudaKernel,
+    generation,
+    is_installed,
+)
 from seq1f1b.attention.kernels.interface import Attended, Gradients, Inputs
+from seq1f1b.attention.kernels.limits import Limits
 
 _OLDEST = (2, 0)
 _PACKAGE = "transformer_engine.pytorch"
-_LARGEST_HEAD, _HEAD_MULTIPLE = 128, 8
 _SHAPE_AND_MASK = {
     "qkv_layout": "sbhd_sbhd_sbhd",
     "attn_mask_type": "causal_bottom_right",
@@ -32,15 +38,20 @@ class TransformerEngine(CudaKernel):
     """
 
     name = "transformer-engine"
+    limits = Limits(
+        "a GPU from Ampere on, package transformer-engine from {}.{} on; only by name".format(
+            *_OLDEST
+        ),
+        device="cuda",
+        dtypes=HALF,
+        largest_head=128,
+        head_multiple=8,
+        equal_heads=False,
+    )
 
     def available(self) -> bool:
         """See CudaKernel."""
         return is_installed("transformer-engine", _OLDEST) and generation() >= AMPERE
-
-    def takes_heads(self, key_size: int, value_size: int) -> bool:
-        """See CudaKernel."""
-        sizes = key_size, value_size
-        return max(sizes) <= _LARGEST_HEAD and not any(size % _HEAD_MULTIPLE for size in sizes)
 
     def forward(self, inputs: Inputs) -> Attended:
         """See Kernel; the log-sum-exp is ``[b, heads, n, 1]``."""
