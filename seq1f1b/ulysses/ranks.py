@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from seq1f1b.errors import Seq1F1BError
+from seq1f1b.processes import end_now
 
 _PATIENCE = timedelta(minutes=10)
 
@@ -81,6 +82,7 @@ def _serve(
     # The queue's thread must have sent everything before the process ends.
     answers.close()
     answers.join_thread()
+    end_now(0)
 
 
 def _portable(error: Exception) -> Exception:
