@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from seq1f1b.cli.options import flag_error
+from seq1f1b.offload.planning.memory import slot_sizes
 from seq1f1b.planner.catalogue import ScheduleName
-from seq1f1b.planner.chunks import chunk_bytes, chunk_memory, chunk_operations
+from seq1f1b.planner.chunks import chunk_memory, chunk_operations
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.runtime import Runtime, runtime
 from seq1f1b.planner.setting import Setting
@@ -127,18 +128,18 @@ class SettingCosts:
         )
 
     def memory(self, schedule: Schedule) -> ByChunk:
-        """See Source; weights and gradients count where they visit the device."""
+        """See Source; where chunks visit the device, its slots for them count."""
         setting = self.setting(schedule)
         kept = chunk_memory(setting, self.profile)
         if schedule.slots is None:
             return kept
-        return tuple(
-            tuple(map(_with_model, *each)) for each in zip(kept, *chunk_bytes(setting), strict=True)
-        )
-
-
-def _with_model(memory: Memory, weights: float, gradients: float) -> Memory:
-    return replace(memory, weights=weights, gradients=gradients)
+        stages = []
+        for stage, chunks in enumerate(kept):
+            weights, gradients = slot_sizes(setting, stage, num_slots=1)
+            stages.append(
+                tuple(replace(chunk, weights=weights, gradients=gradients) for chunk in chunks)
+            )
+        return tuple(stages)
 
 
 @dataclass(frozen=True)

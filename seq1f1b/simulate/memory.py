@@ -19,8 +19,8 @@ class Memory:
     from that one's B to the end of the first's.
 
     weights, gradients: of the chunk itself, for the whole step. Where chunks visit the device, its
-    slots are what they take: as many as the schedule has, each as large as the stage's largest
-    chunk, whether a chunk is in it or not.
+    slots are what they take: as many as the schedule has, each with the most room that one of the
+    stage's chunks needs, whether a chunk is in it or not.
     """
 
     activation: tuple[float, ...]

@@ -6,10 +6,16 @@ from dataclasses import replace
 import pytest
 
 from megatron.adaptor.command_line.settings import Settings
+from seq1f1b.cli.source import SettingCosts
 from seq1f1b.offload.planning.case import Case, make_case
 from seq1f1b.offload.planning.costs import action_costs, moved, parameters, stage_link
 from seq1f1b.offload.planning.machine import GB, Machine
-from seq1f1b.offload.planning.memory import estimated_bytes, slot_parameters, traced_bytes
+from seq1f1b.offload.planning.memory import (
+    estimated_bytes,
+    slot_parameters,
+    slot_sizes,
+    traced_bytes,
+)
 from seq1f1b.offload.planning.search import best_offloaded
 from seq1f1b.offload.planning.shape import Shape, arrange, batches, layouts
 from seq1f1b.offload.planning.simulation import Adam, simulate_visits
@@ -19,7 +25,7 @@ from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.gpu import gpu
 from seq1f1b.planner.presets import model_options
 from seq1f1b.planner.setting import Setting
-from seq1f1b.schedule import Kind, num_loads
+from seq1f1b.schedule import Kind, interleaved, lower, num_loads, visiting
 from seq1f1b.sequence import TokenCost
 from seq1f1b.simulate import simulate
 
@@ -243,6 +249,27 @@ def test_a_slot_has_room_for_the_largest_chunk_and_for_experts_that_are_dealt():
     apart = replace(one, experts=2)
     assert slot_parameters(apart, 0) == both + table + dense + dealt / 2
     assert slot_parameters(apart, 1) == both + max(dense, router + table + h) + dealt / 2
+
+
+def test_pictures_count_the_same_slots():
+    values = SMALL | {
+        "seq_length": 1024,
+        "global_batch_size": 8,
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 512,
+        "moe_layer_freq": "[0]*8+[1]*8",
+        "expert_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": 4,
+    }
+    costs = SettingCosts(values, 4, None, 100.0, 2.0, None, None)
+    schedule = visiting(lower(interleaved(2, 4, 4, 2)), 2)
+    setting = costs.setting(schedule)
+    for stage, chunks in enumerate(costs.memory(schedule)):
+        room = slot_sizes(setting, stage, 1)
+        assert [[chunk.weights, chunk.gradients] for chunk in chunks] == [room] * 4
+    assert slot_parameters(setting, 0) > max(parameters(setting)[0])
 
 
 def test_zero_offload_by_hand():
