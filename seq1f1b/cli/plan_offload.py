@@ -308,12 +308,10 @@ def _print(found: _Found, ignored: tuple[str, ...]) -> None:
     _say(console, _MARK, dim=True)
     _say(console, _RUNS, dim=True)
     if found.chosen is None:
-        recompute = "" if base.recompute.loss else "recompute the loss (--seq1f1b-recompute-loss), "
         _say(
             console,
-            f"No shape whose chunks visit the GPUs fits into {machine.usable / GB:.1f} GB: "
-            f"{recompute}cut sequences further (--seq1f1b-splits), or use shorter ones, fewer, or "
-            "more GPUs.",
+            f"No shape whose chunks visit the GPUs fits into {machine.usable / GB:.1f} GB: cut "
+            "sequences further (--seq1f1b-splits), or use shorter ones, fewer, or more GPUs.",
         )
     else:
         _explain(console, found, found.chosen)
@@ -410,6 +408,12 @@ def _explain(console: Console, found: _Found, way: Way) -> None:
     _say(console, f"Bubble (p - 1) / (v m s) of computing: {_bubble(way):.1%}.")
     if way.setting.arguments.pipeline_model_parallel_layout is not None:
         _say(console, "Layers are dealt so that the stage with the output layer has fewer.")
+    if way.setting.recompute.loss and not found.case.base.recompute.loss:
+        _say(
+            console,
+            "Backwards compute the output layer and the loss anew (--seq1f1b-recompute-loss), "
+            "without which no shape fits.",
+        )
     if found.host_gb is not None:
         short = way.host_bytes / GB - found.host_gb
         verdict = f"{short:.0f} GB are missing" if short > 0 else "fits"

@@ -116,6 +116,18 @@ def test_a_hugging_face_configuration_is_read(tmp_path):
     assert found["parameters"] == 8 * layer + 2 * 4096 * 512 + 512
 
 
+def test_a_loss_is_recomputed_where_nothing_fits_otherwise():
+    words = shlex.split("--model llama-3-8b --gpus 4 --gpu rtx-4090 --seq-length 65536")
+    fixed = shlex.split("--global-batch-size 1 --num-virtual-stages-per-pipeline-rank 8")
+    found = json.loads(run(*words, *fixed, "--json"))
+    assert "--seq1f1b-recompute-loss" in found["flags"]
+    ways = [way for way in found["ways"] if way["name"].startswith("offload")]
+    assert ways
+    assert all(way["fits"] and way["gpu_bytes"] < 24e9 for way in ways)
+    text = " ".join(run(*words, *fixed).split())
+    assert "(--seq1f1b-recompute-loss), without which no shape fits" in text
+
+
 def test_nothing_fits_ends_with_status_1():
     words = shlex.split("--model llama-2-70b --gpus 4 --gpu rtx-4090 --seq-length 128")
     fixed = shlex.split("--global-batch-size 8 --num-virtual-stages-per-pipeline-rank 2")

@@ -1,7 +1,7 @@
 """The fastest way to train a model whose chunks visit a few GPUs, among those that fit."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -25,7 +25,7 @@ from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.layout import LayoutError
 from seq1f1b.planner.memory import GIB, estimate_peak
 from seq1f1b.planner.search import MARGIN
-from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.setting import Setting, with_recomputed_loss
 from seq1f1b.schedule import num_loads
 from seq1f1b.sequence import PartitionError
 
@@ -57,9 +57,18 @@ def best_offloaded(case: Case, adams: Iterable[Adam]) -> dict[Adam, Way | None]:
 
     Estimates of time and memory prune; the rest is simulated, and traced tensor by tensor until one
     fits, if possible with as much to spare as the memory model may be off. Of ways within half a
-    percent, the one with fewer bytes on the GPUs wins.
-    Raises SettingError when there is no shape at all.
+    percent, the one with fewer bytes on the GPUs wins. Where none fits, backwards compute the
+    output layer and the loss anew. Raises SettingError when there is no shape at all.
     """
+    adams = tuple(adams)
+    found = _of_each(case, adams)
+    base = case.base
+    if any(found.values()) or base.recompute.loss or base.arguments.mtp_num_layers:
+        return found
+    return _of_each(replace(case, base=with_recomputed_loss(base)), adams)
+
+
+def _of_each(case: Case, adams: Iterable[Adam]) -> dict[Adam, Way | None]:
     candidates = list(_candidates(case))
     if not candidates:
         raise SettingError([_no_shape(case)])
