@@ -11,7 +11,7 @@ from seq1f1b.planner.layout import write_layout
 from seq1f1b.planner.memory import estimate_peak
 from seq1f1b.planner.problem import Problem, with_defaults
 from seq1f1b.planner.resolve import resolve
-from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.setting import Setting, with_recomputed_loss
 from seq1f1b.planner.space import recomputations, schedules, spreads
 from seq1f1b.planner.time import action_costs, quick_seconds
 from seq1f1b.schedule import Kind
@@ -163,7 +163,10 @@ def _laid_out(values: Values, layout: str) -> Values:
 
 
 def _least_recomputed(problem: Problem, model: Any, values: Mapping[str, Any]) -> Candidate:
-    """Return the setting with the least recomputation that may fit, or the one that needs least."""
+    """Return the setting with the least recomputation that may fit, or the one that needs least.
+
+    The loss is recomputed too where nothing fits otherwise.
+    """
     tried = []
     for recompute in recomputations(problem.values, model):
         setting = resolve({**values, **recompute}, num_gpus=problem.num_gpus)
@@ -172,5 +175,10 @@ def _least_recomputed(problem: Problem, model: Any, values: Mapping[str, Any]) -
         if gib <= problem.limit_gib:
             break
     gib, setting = min(tried, key=lambda one: one[0])
+    if gib > problem.limit_gib and setting.num_splits > 1 and not setting.model.mtp:
+        anew = with_recomputed_loss(setting)
+        gib_anew = estimate_peak(anew, problem.runtime)
+        if gib_anew <= problem.limit_gib:
+            gib, setting = gib_anew, anew
     seconds = quick_seconds(setting, problem.kernels, problem.runtime)
     return Candidate(setting, seconds, gib)

@@ -17,10 +17,6 @@ def ways_to_fit(problem: Problem, closest: Sequence[Row]) -> Iterator[str]:
     fixed = closest[0].setting.arguments if closest else None
     if fixed is not None and fixed.recompute_granularity != "full" and _is_fixed(problem):
         yield "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    if not problem.values.get("seq1f1b_recompute_loss") and _fits(
-        _with(problem, seq1f1b_recompute_loss=True)
-    ):
-        yield "--seq1f1b-recompute-loss"
     factor = 2
     while factor <= _MOST_GPUS:
         more = replace(problem, num_gpus=problem.num_gpus * factor)

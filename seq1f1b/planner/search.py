@@ -8,7 +8,7 @@ from functools import partial
 from seq1f1b.planner.candidates import ERROR, Candidate, candidates
 from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.cuts import capped_cuts, fastest_cut
-from seq1f1b.planner.memory import GIB, trace_fullest
+from seq1f1b.planner.memory import GIB, estimate_peak, trace_fullest
 from seq1f1b.planner.problem import Plan, Problem, Row
 from seq1f1b.planner.setting import Setting
 from seq1f1b.planner.time import StepTime, num_actions, step_time
@@ -136,7 +136,10 @@ def _capped(problem: Problem, overfull: list[Row]) -> Iterator[Row]:
         if row.setting.num_splits == 1:
             continue
         for lengths in capped_cuts(row.setting):
-            capped = evaluate(problem, row.setting.with_cuts(lengths))
+            setting = row.setting.with_cuts(lengths)
+            if estimate_peak(setting, problem.runtime) > problem.limit_gib * ERROR:
+                continue
+            capped = evaluate(problem, setting)
             if capped.peak_gib <= problem.limit_gib:
                 yield capped
                 break

@@ -15,13 +15,14 @@ from seq1f1b.planner.candidates import candidates, may_fit
 from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.gpu import gpu
 from seq1f1b.planner.launch import Launcher, flags, script
-from seq1f1b.planner.memory import trace_memory
+from seq1f1b.planner.memory import estimate_peak, trace_memory
 from seq1f1b.planner.outlook import ways_to_fit
 from seq1f1b.planner.presets import model_options
 from seq1f1b.planner.problem import Plan, Problem, with_defaults
 from seq1f1b.planner.reasons import why_slower
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.search import evaluate, search
+from seq1f1b.planner.setting import megatron_values
 
 QUESTION = shlex.split(
     "plan --model llama-13b --gpus 32 --gpu a100-80g --seq-length 65536 --global-batch-size 32"
@@ -155,6 +156,17 @@ def test_nothing_fits_says_by_how_much_and_what_would_help():
     ways = list(ways_to_fit(given, plan.overfull))
     assert any(way.startswith("--gpu ") for way in ways)
     assert not may_fit(given)
+
+
+def test_a_loss_is_recomputed_where_nothing_else_is_left():
+    given = problem("llama-3-8b", 8, "rtx-4090", seq_length=65536, global_batch_size=8)
+    plan = search(given)
+    best = plan.rows[0]
+    assert best.setting.recompute.loss
+    assert best.setting.recompute.granularity == "full"
+    assert best.peak_gib <= given.limit_gib
+    without = resolve(megatron_values(best.setting) | {"seq1f1b_recompute_loss": False}, num_gpus=8)
+    assert estimate_peak(without, given.runtime) > given.limit_gib
 
 
 def test_a_problem_without_a_setting_is_refused():
