@@ -4,7 +4,7 @@ from pathlib import Path
 
 from seq1f1b.attention.kernels import KERNELS, PackedKernel
 
-PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 def heads(limits):
