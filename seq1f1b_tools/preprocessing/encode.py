@@ -4,8 +4,8 @@ import itertools
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +65,9 @@ class DocumentEncoder:
         return EncodedDocuments(tokens, lengths, num_sequences)
 
 
+_PATIENCE = 5.0
+"""Seconds after which a batch that is still under way is a reason to look at the workers."""
+
 _worker_encoder: DocumentEncoder | None = None
 
 
@@ -92,7 +95,7 @@ def encoding_threads(encoder: DocumentEncoder) -> Iterator[InOrder]:
     """
     executor = ThreadPoolExecutor(2)
     try:
-        yield partial(_in_order, executor, encoder, 3)
+        yield partial(_in_order, executor, encoder, 3, ())
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -117,7 +120,7 @@ def encoding_processes(encoder: DocumentEncoder, num_workers: int) -> Iterator[I
     try:
         executor.submit(int).result()
         workers = multiprocessing.active_children()
-        yield partial(_in_order, executor, _encode_in_worker, 2 * num_workers + 1)
+        yield partial(_in_order, executor, _encode_in_worker, 2 * num_workers + 1, workers)
         executor.shutdown()
     except BrokenProcessPool as error:
         raise DataError(_why_broken(workers)) from error
@@ -131,20 +134,25 @@ def _in_order(
     executor: Executor,
     encode: Callable[[list[Document]], list[EncodedDocuments]],
     depth: int,
+    workers: Sequence[Any],
     batches: Iterable[Batch],
 ) -> Iterator[tuple[Batch, list[EncodedDocuments]]]:
     pending: deque[tuple[Batch, Future[list[EncodedDocuments]]]] = deque()
     for batch in batches:
         pending.append((batch, executor.submit(encode, batch.documents)))
         if len(pending) >= depth:
-            yield _result(*pending.popleft())
+            yield _result(*pending.popleft(), workers)
     while pending:
-        yield _result(*pending.popleft())
+        yield _result(*pending.popleft(), workers)
 
 
 def _result(
-    batch: Batch, future: Future[list[EncodedDocuments]]
+    batch: Batch, future: Future[list[EncodedDocuments]], workers: Sequence[Any]
 ) -> tuple[Batch, list[EncodedDocuments]]:
+    while not wait([future], _PATIENCE).done:
+        # The executor hears nothing of a worker that was killed in the middle of an answer.
+        if not all(worker.is_alive() for worker in workers):
+            raise BrokenProcessPool
     try:
         return batch, future.result()
     except BrokenProcessPool:
