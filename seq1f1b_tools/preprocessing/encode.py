@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -167,6 +168,10 @@ def _result(
 def _why_broken(workers: list[Any]) -> str:
     for worker in workers:
         worker.join(timeout=5)
+    # a thread of the executor may have taken a status from the system and not noted it yet
+    end = time.monotonic() + 1
+    while None in [worker.exitcode for worker in workers] and time.monotonic() < end:
+        time.sleep(0.01)
     # the executor ends the others with SIGTERM: another way of ending is the first one's
     codes = {worker.exitcode for worker in workers} - {None, 0, -signal.SIGTERM}
     ways = [
