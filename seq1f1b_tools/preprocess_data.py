@@ -14,8 +14,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from seq1f1b.processes import end_now
 from seq1f1b_tools.interrupts import Interrupted, ignore_interrupts, interruptible
 from seq1f1b_tools.preprocessing.errors import (
     DATA_EXIT_CODE,
@@ -203,3 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preprocess_data.py: {error}: ended, nothing was written", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def command() -> NoReturn:
+    """Run the tool and end the process with its exit code.
+
+    Threads of an executor whose worker was killed may wait for ever at a usual exit.
+    """
+    end_now(main())

@@ -9,11 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seq1f1b.processes import end_now
-from seq1f1b_tools.preprocess_data import build_parser, main, run
+from seq1f1b_tools.preprocess_data import build_parser, command, main, run
 
 __all__ = ["build_parser", "main", "run"]
 
 if __name__ == "__main__":
-    # Threads of an executor whose worker was killed may wait for ever at a usual exit.
-    end_now(main())
+    command()

@@ -15,7 +15,7 @@ from megatron.adaptor.patches import Patch
 
 
 class LossRecomputation:
-    """Is on while ``asked`` says so."""
+    """Recomputes losses in training steps for which ``asked`` returns true."""
 
     def __init__(self, asked: Callable[[], bool]) -> None:
         self._asked = asked
