@@ -1,13 +1,15 @@
 """Run a function on several ranks of this machine, joined over gloo."""
 
 import os
-import queue
+import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,52 +22,93 @@ _PATIENCE = timedelta(minutes=10)
 
 
 class RanksError(Seq1F1BError, RuntimeError):
-    """A rank died without a word; what it raised comes as it is."""
+    """A rank ended without an answer; what it raised comes as it is."""
+
+
+class _Answer(NamedTuple):
+    """What each rank sends once. when: seconds of the machine's clock, the same for all ranks."""
+
+    when: float
+    error: Exception | None
+    trace: str
+    result: Any
+
+
+class _Rank(NamedTuple):
+    process: Any
+    answers: Connection
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> Any:
     """Return what ``function(*args)`` returns on rank 0 of ``size`` new processes on the CPU.
 
     The function must be importable. What a rank raises is raised here; the other ranks are ended.
+
+    Raises RanksError when a rank ends without an answer, by a signal or by leaving Python.
     """
-    context = mp.get_context("spawn")
-    answers = context.Queue()
+    ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        processes = [
-            context.Process(
-                target=_serve, args=(rank, size, store, answers, function, args), daemon=True
-            )
-            for rank in range(size)
-        ]
-        for process in processes:
-            process.start()
         try:
-            return _wait(processes, answers)
+            for rank in range(size):
+                ranks.append(_start(rank, size, store, function, args))
+            return _collect(ranks)
         finally:
-            for process in processes:
+            for process, _ in ranks:
                 process.kill()
                 process.join()
 
 
-def _wait(processes: list[Any], answers: Any) -> Any:
-    while True:
-        try:
-            error, trace, result = answers.get(timeout=0.2)
-        except queue.Empty:
-            codes = [process.exitcode for process in processes]
-            dead = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
-            if dead:
-                raise RanksError(f"rank {dead[0]} died (exit status {codes[dead[0]]})") from None
-            continue
-        if error is not None:
-            error.add_note(trace)
-            raise error
-        return result
+def _start(
+    rank: int, size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> _Rank:
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_serve, args=(rank, size, store, theirs, function, args), daemon=True
+    )
+    process.start()
+    # The rank alone holds this end from now on, so that its death ends the pipe, in the middle of
+    # an answer too.
+    theirs.close()
+    return _Rank(process, ours)
+
+
+def _collect(ranks: list[_Rank]) -> Any:
+    """Return rank 0's result once all ranks have answered; raise the first error of any."""
+    missing = {rank.answers: number for number, rank in enumerate(ranks)}
+    result = None
+    while missing:
+        ready = wait(list(missing))
+        answers = {
+            number: _receive(number, ranks[number])
+            for pipe, number in missing.items()
+            if pipe in ready
+        }
+        missing = {pipe: number for pipe, number in missing.items() if number not in answers}
+        for answer in sorted(answers.values(), key=lambda answer: answer.when):
+            if answer.error is not None:
+                answer.error.add_note(answer.trace)
+                raise answer.error
+        result = answers[0].result if 0 in answers else result
+    return result
+
+
+def _receive(number: int, rank: _Rank) -> _Answer:
+    try:
+        return rank.answers.recv()
+    except EOFError:
+        rank.process.join()
+        raise RanksError(f"rank {number} died (exit status {rank.process.exitcode})") from None
 
 
 def _serve(
-    rank: int, size: int, store: str, answers: Any, function: Callable[..., Any], args: Any
+    rank: int,
+    size: int,
+    store: str,
+    answers: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
@@ -75,20 +118,15 @@ def _serve(
     try:
         result = function(*args)
         dist.barrier()
-        if rank == 0:
-            answers.put((None, "", result))
+        answer = _Answer(time.monotonic(), None, "", result if rank == 0 else None)
     except Exception as error:
-        answers.put((_portable(error), traceback.format_exc(), None))
-    # The queue's thread must have sent everything before the process ends.
-    answers.close()
-    answers.join_thread()
+        answer = _Answer(time.monotonic(), _portable(error), traceback.format_exc(), None)
+    answers.send(answer)
     end_now(0)
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error, or its text where the error itself does not fit into a queue."""
-    import pickle
-
+    """Return the error, or its text where the error itself cannot be pickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

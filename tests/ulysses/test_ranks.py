@@ -1,0 +1,58 @@
+"""Functions on ranks of this machine: results, errors, and ranks that end without either."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from seq1f1b.ulysses.ranks import RanksError, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def sum_over_ranks(offset: int) -> int:
+    total = torch.tensor(offset + dist.get_rank())
+    dist.all_reduce(total)
+    return int(total)
+
+
+def fail_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("no such layer")
+    dist.barrier()
+
+
+def end_rank_1(how: str) -> None:
+    if dist.get_rank() == 1:
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(int(how))
+    dist.barrier()
+
+
+def answer_with_code() -> object:
+    return lambda: None
+
+
+def test_the_result_is_that_of_rank_0() -> None:
+    assert run_ranks(sum_over_ranks, 2, 10) == 21
+
+
+def test_an_error_comes_as_the_rank_raised_it_with_its_traceback() -> None:
+    with pytest.raises(ValueError, match="no such layer") as raised:
+        run_ranks(fail_on_rank_1, 2)
+    assert "in fail_on_rank_1" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("how, status", [("signal", "-9"), ("0", "0")])
+def test_a_rank_that_ends_without_an_answer_is_reported(how: str, status: str) -> None:
+    with pytest.raises(RanksError, match=rf"rank 1 died \(exit status {status}\)"):
+        run_ranks(end_rank_1, 2, how)
+
+
+def test_a_result_that_cannot_be_sent_is_reported() -> None:
+    with pytest.raises(RanksError, match="rank 0 died"):
+        run_ranks(answer_with_code, 2)
