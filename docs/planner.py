@@ -39,6 +39,21 @@ TABLE_5 = {
     "1T": (128, 25600, 160, 8, 64, 1, 1, 512, 94.42, 71.49),
 }
 
+# Megatron-LM's README, H100, 48 replicas: TP, PP and TFLOP/s of a GPU. It names the parameters of
+# each model and no shape; these layers and hidden sizes have that number to the digit shown, by
+# 12 L h^2 + 13 L h + (2 V + 4096) h.
+H100_ROWS = {
+    "1.7B": (24, 2048, 1, 1, 408.8),
+    "7.1B": (30, 4096, 2, 1, 465.9),
+    "16B": (32, 6144, 4, 1, 489.1),
+    "32B": (48, 7168, 8, 1, 459.6),
+    "70B": (84, 8192, 8, 2, 419.7),
+    "119B": (64, 12288, 8, 4, 420.5),
+    "177B": (96, 12288, 8, 6, 432.8),
+    "314B": (96, 16384, 8, 8, 474.4),
+    "462B": (112, 18432, 8, 16, 459.9),
+}
+
 
 def setting_of(model: str, length: int, name: str, micro_batches: int | None = None) -> Setting:
     """Return a published setting."""
@@ -166,6 +181,43 @@ def table_5() -> Iterator[str]:
             yield f"| {name} | {word} | {value:.2f} | {seconds:.2f} | {seconds / value - 1:+.0%} |"
 
 
+def h100_rows() -> Iterator[str]:
+    """Yield a line for each model of Megatron-LM's README: tokens/s of a GPU.
+
+    Its TFLOP/s become tokens/s by arXiv 2104.04473's count of operations, without recomputation.
+    """
+    kernels, profile = Kernels(gpu("h100")), runtime("current")
+    length, vocabulary, replicas = 4096, 131072, 48
+    for name, (layers, hidden, tp, pp, teraflops) in H100_ROWS.items():
+        setting = resolve(
+            {
+                "num_layers": layers,
+                "hidden_size": hidden,
+                "num_attention_heads": hidden // 128,
+                "seq_length": length,
+                "vocab_size": vocabulary,
+                "untie_embeddings_and_output_weights": True,
+                "tensor_model_parallel_size": tp,
+                "sequence_parallel": tp > 1,
+                "pipeline_model_parallel_size": pp,
+                "micro_batch_size": 1,
+                "global_batch_size": replicas * 16 * pp,
+                "use_distributed_optimizer": True,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            },
+            num_gpus=replicas * tp * pp,
+        )
+        operations = 72 * layers * hidden**2
+        operations *= 1 + length / (6 * hidden) + vocabulary / (12 * layers * hidden)
+        published = teraflops * 1e12 / operations
+        rate = step_time(setting, kernels, profile).tokens_per_second / setting.num_gpus
+        yield (
+            f"| {name} | {layers} x {hidden} | {tp}, {pp} | {published:.0f} | {rate:.0f} | "
+            f"{rate / published - 1:+.0%} |"
+        )
+
+
 def here() -> str:
     """Return what was measured on the machine of the stored results, if there is any."""
     files = {
@@ -234,6 +286,7 @@ def main() -> None:
             "throughput": rates,
             "time score": time_score,
             "table 5": "\n".join(table_5()),
+            "h100": "\n".join(h100_rows()),
             "here": here(),
             "ranking": stored("planner_rank"),
             "cuts": stored("planner_cuts"),

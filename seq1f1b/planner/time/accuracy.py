@@ -2,5 +2,5 @@
 
 ACCURACY = (
     "Held against published runs (docs/planner.md): ratios between settings within 8%, memory 3% "
-    "off on average; absolute tokens/s were 0.8 to 1.5 times what was measured."
+    "off on average; absolute tokens/s were 0.8 to 1.2 times what was measured."
 )
