@@ -19,7 +19,7 @@ from seq1f1b.ulysses.training.sharding import layers_of
 _FLOAT32 = 4
 _STATES = 4 * _FLOAT32
 """Bytes of a parameter: weight, gradient, and two moments."""
-_GRADIENTS = "gradients of these"
+_GRADIENTS, _MLP = "gradients of these", "MLP"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def account(shape: Shape, load: Load, memory: MemorySettings) -> list[Term]:
     ]
     layer = list(_layer(shape, load, memory, shard, part))
     if memory.recompute == "none":
-        kept = sum(term.nbytes for term in layer if term.name != _GRADIENTS)
+        passing = {_GRADIENTS, _MLP} if memory.mlp_tile else {_GRADIENTS}
+        kept = sum(term.nbytes for term in layer if term.name not in passing)
         kept *= shape.num_layers - 1
         terms.append(Term("activations of the other layers", kept))
     else:
@@ -186,7 +187,7 @@ def _layer(
     yield Term("queries, keys, values and output, gathered", gathered, "layer")
     yield Term(_GRADIENTS, gathered or part * (queries + keys) * e, "layer")
     tokens = min(part, (memory.mlp_tile or part) * load.rows)
-    yield Term("MLP", tokens * shape.mlp * e, "layer")
+    yield Term(_MLP, tokens * shape.mlp * e, "layer")
 
 
 def _keys_of_a_rank(shape: Shape, size: int) -> int:

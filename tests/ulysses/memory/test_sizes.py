@@ -189,18 +189,19 @@ def saved_in(model: Any, run: Callable[[], object]) -> int:
     return meter.peak
 
 
-def saved_in_a_step(size: int, length: int) -> int:
+def saved_in_a_step(size: int, length: int, mlp_tile: int | None = None) -> int:
     init_sequence_parallel(size)
-    model = dispatch_modules(build("llama"), loss_tile=64)
+    model = dispatch_modules(build("llama"), loss_tile=64, mlp_tile=mlp_tile)
     step(model, 64)
     return saved_in(model, lambda: step(model, length))
 
 
 @pytest.mark.distributed
-def test_a_rank_keeps_its_share_of_activations(workers):
-    whole = workers(1).run(saved_in_a_step, 1, 2048)[0]
+@pytest.mark.parametrize("mlp_tile", [None, 1024])  # two tiles, one, and a part of one
+def test_a_rank_keeps_its_share_of_activations(workers, mlp_tile):
+    whole = workers(1).run(saved_in_a_step, 1, 2048, mlp_tile)[0]
     for size in (2, 4):
-        for share in workers(size).run(saved_in_a_step, size, 2048):
+        for share in workers(size).run(saved_in_a_step, size, 2048, mlp_tile):
             assert share * size / whole <= 1.15
 
 
