@@ -56,7 +56,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 4.0}},
     ),
     "qwen3_next, delta rule": ("qwen3_next", {}),
-    "falcon, own attention call": ("falcon", {}),
+    # ALST asks every config for num_key_value_heads, and both for heads that ranks divide.
+    "falcon, own attention call": (
+        "falcon",
+        {"hidden_size": 4096, "num_attention_heads": 64, "num_key_value_heads": 64},
+    ),
     "llama, 3 heads": (
         "llama",
         {
@@ -69,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3, MLA": ("deepseek_v3", {}),
-    "llama4, chunks": ("llama4_text", {}),
+    "llama4, chunks": ("llama4_text", {"num_attention_heads": 32}),
     "gpt_oss, sinks": ("gpt_oss", {}),
 }
 Errors = dict[str, tuple[float, float] | str]

@@ -59,10 +59,13 @@ def test_it_fits_or_nothing_helps_or_the_recipe_is_printed(llama):
     assert "memory:\n  mlp_tile: 4096\n" in changed.output
 
 
-def test_what_is_kept_agrees_with_a_step():
+@pytest.mark.parametrize("mlp_tile", [None, 256, 4096])
+def test_what_is_kept_agrees_with_a_step(mlp_tile):
     length, layers = 2048, 4
     init_sequence_parallel(1)
-    model = dispatch_modules(build("llama", num_hidden_layers=layers), loss_tile=64)
+    model = dispatch_modules(
+        build("llama", num_hidden_layers=layers), loss_tile=64, mlp_tile=mlp_tile
+    )
     step(model, 64)
     kept = saved_in(model, lambda: step(model, length))
     shape = Shape(
@@ -79,7 +82,7 @@ def test_what_is_kept_agrees_with_a_step():
         mlp=4 * 128,
     )
     load = Load(length, gpus=1, size=1, itemsize=4)
-    terms = account(shape, load, MemorySettings(recompute="none", loss_tile=1))
+    terms = account(shape, load, MemorySettings(recompute="none", loss_tile=1, mlp_tile=mlp_tile))
     counted = sum(term.nbytes for term in terms if term.name != "gradients of these")
     assert 0.8 <= kept / counted <= 1.25
 
