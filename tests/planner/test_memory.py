@@ -159,6 +159,27 @@ def test_every_model_is_traced_with_and_without_sub_sequences(name):
         assert max(estimate) == pytest.approx(trace.peak_gib, rel=0.35)
 
 
+@pytest.mark.parametrize("balance", ["average", "uniform_comp"])
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_closed_form_counts_logits_of_unequal_lengths(balance, anew):
+    options = model_options("llama-3-8b") | {
+        "seq_length": 65536,
+        "global_batch_size": 8,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 4,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "seq1f1b_splits": 8,
+        "seq1f1b_balance_method": balance,
+        "seq1f1b_recompute_loss": anew,
+    }
+    setting = resolve(options)
+    last = trace_memory(setting, runtime("current")).stages[-1]
+    estimate = estimate_stages(setting, runtime("current"))[-1]
+    assert estimate == pytest.approx(last.reserved / GIB, rel=0.15)
+
+
 @pytest.mark.parametrize(
     "name, billions",
     [

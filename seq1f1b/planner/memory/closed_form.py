@@ -67,7 +67,7 @@ def moving_bytes(setting: Setting, runtime: Runtime, stage: int, live: float) ->
     if any(chunk.head for chunk in chunks):
         passing += largest.logits + largest.loss_logits
         if not setting.recompute.loss:
-            kept += (setting.num_splits - 1) * largest.loss_logits
+            kept += whole.loss_logits - largest.loss_logits
     moving = kept + carried + passing
     return moving * (_UNEQUAL_PARTS if setting.num_splits > 1 else 1.0)
 
