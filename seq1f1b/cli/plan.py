@@ -212,7 +212,7 @@ def _print(found: Plan, given: Given, most: int, *, explain: bool) -> None:
             console.print(f"  - {way}")
     best = rows[0]
     for number, row in enumerate(rows[1:], 2):
-        console.print(f"{number:>2}  {_loses(found, row, best)}", style="dim")
+        console.print(f"{number:>2}  {'\n    '.join(_loses(found, row, best))}", style="dim")
     if explain:
         _explain(console, best)
     for warning in warnings(problem, best.step):
@@ -226,14 +226,14 @@ def _print(found: Plan, given: Given, most: int, *, explain: bool) -> None:
     console.print("\n" + wrapped(flags(best.setting)), markup=False)
 
 
-def _loses(found: Plan, row: Row, best: Row) -> str:
+def _loses(found: Plan, row: Row, best: Row) -> list[str]:
     text = why_slower(row, best)
     if is_tight(found.problem, row) and not is_tight(found.problem, best):
         spare = found.problem.limit_gib - row.peak_gib
         faster = best.step.seconds / row.step.seconds - 1
-        lead = f"{faster:.1%} faster, but " if faster > 0 else f"{text}; "
-        return f"{lead}{spare:.1f} GiB to spare are less than the memory model's error"
-    return text
+        tight = f"{spare:.1f} GiB to spare are less than the memory model's error"
+        return [f"{faster:.1%} faster, but {tight}"] if faster > 0 else [f"{text};", tight]
+    return [text]
 
 
 def _nothing_fits(found: Plan) -> str:

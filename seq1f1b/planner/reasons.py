@@ -14,7 +14,8 @@ def why_slower(row: Row, best: Row) -> str:
     slower = row.step.seconds / best.step.seconds - 1
     if slower < _SAME:
         more = row.peak_gib - best.peak_gib
-        return f"as fast, {more:.1f} GiB more" if more >= 0.05 else "as fast"
+        lead = "as fast" if slower > -_SAME else f"{-slower:.1%} less time"
+        return f"{lead}, {more:.1f} GiB more" if more >= 0.05 else lead
     part = max(ours, key=lambda name: ours[name] - theirs[name])
     return f"{slower:.1%} slower: {_word(part, row, best)}"
 

@@ -31,26 +31,22 @@ def _silent(text: str) -> None:
 def search(problem: Problem, report: Progress = _silent) -> Plan:
     """Rank settings by their simulated step time; those whose traced memory fits come first.
 
-    A closed form prunes; the fastest of the rest are simulated, the best few with other cuts
-    and orders too, and of these the fastest are traced tensor by tensor. ``report`` is told how far
+    A closed form prunes; the rest are simulated, and the fastest traced tensor by tensor. The best
+    few that fit are simulated and traced with other cuts and orders too. ``report`` is told how far
     the search is. Raises SettingError when Megatron takes no setting at all.
     """
     looked_at = candidates(problem)
     fitting = [one for one in looked_at if one.gib <= problem.limit_gib * ERROR]
     report(f"{len(looked_at)} settings looked at, {len(fitting)} may fit")
     steps = _simulated(problem, _affordable(sorted(fitting, key=_seconds)))
-    steps += [
-        step_time(setting, problem.kernels, problem.runtime)
-        for step in sorted(steps, key=_seconds)[:_REFINED]
-        for setting in _variants(problem, step.setting)
-    ]
     report(f"{len(steps)} settings simulated")
     rows, overfull = _traced(problem, sorted(steps, key=_seconds))
     if not rows:
         least = _simulated(problem, sorted(looked_at, key=lambda one: one.gib)[:2])
-        more, others = _traced(problem, least)
-        rows = more
+        rows, others = _traced(problem, least)
         overfull = sorted(others, key=lambda row: row.peak_gib)
+    rows = _ranked(problem, rows)
+    rows = _ranked(problem, [*rows, *_refined(problem, rows[:_REFINED])])
     return Plan(problem, tuple(rows), tuple(overfull), len(looked_at))
 
 
@@ -90,7 +86,7 @@ def _affordable(ordered: Sequence[Candidate]) -> list[Candidate]:
 def _variants(problem: Problem, setting: Setting) -> Iterator[Setting]:
     """Yield the same setting with other cuts and orders of actions, of those that nothing fixes."""
     a, given = setting.arguments, problem.values
-    if setting.num_splits > 1 and not _CUTS.intersection(given):
+    if setting.num_splits > 1 and setting.cuts is None and not _CUTS.intersection(given):
         yield replace(setting, arguments=replace(a, seq1f1b_balance_method="average"))
         if num_actions(setting) <= _MOST_ACTIONS_OF_CUTS:
             yield fastest_cut(setting, partial(_pipeline, problem))
@@ -110,7 +106,7 @@ def _variants(problem: Problem, setting: Setting) -> Iterator[Setting]:
 
 
 def _traced(problem: Problem, steps: list[StepTime]) -> tuple[list[Row], list[Row]]:
-    """Trace the fastest until enough of them fit; return those that fit, ranked, and the others."""
+    """Trace the fastest until enough of them fit; return those that fit, and the others."""
     rows: list[Row] = []
     overfull: list[Row] = []
     for step in steps[:_MOST_TRACED]:
@@ -119,10 +115,21 @@ def _traced(problem: Problem, steps: list[StepTime]) -> tuple[list[Row], list[Ro
         if sum(not is_tight(problem, one) for one in rows) == _KEPT:
             break
     rows += _capped(problem, overfull)
-    if rows:
-        fastest = min(row.step.seconds for row in rows)
-        rows.sort(key=lambda row: _rank(problem, row, fastest))
     return rows, overfull
+
+
+def _refined(problem: Problem, rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield those of ``rows`` with other cuts and orders that fit."""
+    for row in rows:
+        for setting in _variants(problem, row.setting):
+            other = evaluate(problem, setting)
+            if other.peak_gib <= problem.limit_gib:
+                yield other
+
+
+def _ranked(problem: Problem, rows: list[Row]) -> list[Row]:
+    fastest = min((row.step.seconds for row in rows), default=0.0)
+    return sorted(rows, key=lambda row: _rank(problem, row, fastest))
 
 
 def _capped(problem: Problem, overfull: list[Row]) -> Iterator[Row]:
