@@ -8,7 +8,8 @@ from typing import Any
 from seq1f1b.planner.balance import balanced_layout, deal_layers
 from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.layout import write_layout
-from seq1f1b.planner.memory import estimate_peak
+from seq1f1b.planner.memory import GIB, estimate_peak
+from seq1f1b.planner.memory.parameters import static_sizes
 from seq1f1b.planner.problem import Problem, with_defaults
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.setting import Setting, with_recomputed_loss
@@ -76,7 +77,12 @@ def candidates(problem: Problem) -> list[Candidate]:
 
 
 def may_fit(problem: Problem) -> bool:
-    """Whether any setting fits in closed form."""
+    """Whether any setting fits in closed form.
+
+    None does where the devices together cannot keep one copy of weights, gradients and optimizer.
+    """
+    if sum(static_sizes(_on_one_device(with_defaults(problem)), 0)) > _bytes_of_all(problem):
+        return False
     faults: list[SettingError] = []
     return any(
         one.gib <= problem.limit_gib
@@ -85,12 +91,20 @@ def may_fit(problem: Problem) -> bool:
     )
 
 
+def _bytes_of_all(problem: Problem) -> float:
+    return problem.num_gpus * problem.limit_gib * GIB
+
+
+def _on_one_device(values: Mapping[str, Any]) -> Setting:
+    return resolve({name: value for name, value in values.items() if name not in _SPREAD})
+
+
 def _by_bound(
     problem: Problem, faults: list[SettingError]
 ) -> list[tuple[float, Mapping[str, Any]]]:
     """Return spreads with the seconds of a step without any bubble, the fastest first."""
     values = with_defaults(problem)
-    model = resolve({name: value for name, value in values.items() if name not in _SPREAD}).model
+    model = _on_one_device(values).model
     bounds: list[tuple[float, Mapping[str, Any]]] = []
     for spread in spreads(problem.values, model, problem.num_gpus, problem.gpus_per_node):
         plain = {name: value for name, value in values.items() if name not in _SPREAD}
@@ -110,7 +124,7 @@ def _of_spread(
     problem: Problem, spread: Mapping[str, Any], faults: list[SettingError]
 ) -> Iterator[Candidate]:
     values, given = {**with_defaults(problem), **spread}, problem.values
-    model = resolve({name: value for name, value in values.items() if name not in _SPREAD}).model
+    model = _on_one_device(values).model
     for schedule in schedules(given, model, spread, values["seq_length"]):
         try:
             for dealt in _dealt(problem, _tiled(problem, values | schedule)):
