@@ -10,11 +10,11 @@ from seq1f1b.planner.layout import parse_layout, write_layout
 from seq1f1b.planner.memory import estimate_peak
 from seq1f1b.planner.problem import Problem
 from seq1f1b.planner.runtime import Runtime
-from seq1f1b.planner.setting import Setting
+from seq1f1b.planner.setting import Setting, with_recomputed_loss
 from seq1f1b.planner.time import StepTime, step_time
 from seq1f1b.sequence import PartitionError, imbalance
 
-_IMBALANCE, _LATE, _SLOWER = 0.10, 0.05, 0.005
+_IMBALANCE, _LATE, _SLOWER, _LOGITS = 0.10, 0.05, 0.005, 0.15
 
 
 def warnings(problem: Problem, step: StepTime) -> Iterator[str]:
@@ -23,6 +23,7 @@ def warnings(problem: Problem, step: StepTime) -> Iterator[str]:
     yield from _too_short(problem, step)
     yield from _unbalanced(setting)
     yield from _without_pipeline(setting, problem.runtime)
+    yield from _keeps_logits(setting, problem.runtime)
     layout = None
     if setting.num_stages > 1:
         layout = balanced_layout(setting, problem.kernels, problem.runtime)
@@ -33,6 +34,7 @@ def warnings_by_operations(setting: Setting, runtime: Runtime) -> Iterator[str]:
     """Yield the warnings that need no device: those that follow from operations and memory."""
     yield from _unbalanced(setting)
     yield from _without_pipeline(setting, runtime)
+    yield from _keeps_logits(setting, runtime)
     work = [
         sum(cost.of_first(setting.seq_length) for cost in chunks)
         for chunks in chunk_operations(setting)
@@ -104,6 +106,20 @@ def _without_pipeline(setting: Setting, runtime: Runtime) -> Iterator[str]:
         f"--seq1f1b-splits {setting.num_splits}: without pipeline stages sub-sequences save no "
         f"time and cost memory, about {cut:.1f} instead of {whole:.1f} GiB"
     )
+
+
+def _keeps_logits(setting: Setting, runtime: Runtime) -> Iterator[str]:
+    """Warn of a last stage that is the fullest by its logits, and name the flag against it."""
+    if setting.num_splits == 1 or setting.recompute.loss or setting.model.mtp:
+        return
+    kept = estimate_peak(setting, runtime)
+    computed = estimate_peak(with_recomputed_loss(setting), runtime)
+    if computed < kept * (1 - _LOGITS):
+        yield (
+            f"the logits of all sub-sequences make the last stage the fullest, about {kept:.1f} "
+            f"GiB; --seq1f1b-recompute-loss makes it {computed:.1f} and computes the output layer "
+            "twice"
+        )
 
 
 def _late(setting: Setting, work: Sequence[float], layout: str | None) -> Iterator[str]:

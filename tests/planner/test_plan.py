@@ -140,6 +140,28 @@ def test_splits_without_a_pipeline_are_warned_of():
     assert any("without pipeline stages" in text for text in warnings(given, row.step))
 
 
+def test_logits_that_fill_the_last_stage_are_warned_of():
+    values = {
+        "seq1f1b_splits": 8,
+        "pipeline_model_parallel_size": 4,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+
+    def warned(**changes: object) -> bool:
+        given = problem("llama-3-8b", 4, seq_length=65536, **values | changes)
+        row = evaluate(given, resolve(with_defaults(given), num_gpus=4))
+        return any(
+            "--seq1f1b-recompute-loss makes it" in text for text in warnings(given, row.step)
+        )
+
+    assert warned()
+    assert not warned(seq1f1b_recompute_loss=True)
+    assert not warned(recompute_granularity=None, recompute_method=None, recompute_num_layers=None)
+    assert not warned(seq1f1b_splits=1)
+
+
 def test_unequal_work_is_warned_of_with_the_flag():
     values = {"seq1f1b_splits": 4, "seq1f1b_balance_method": "average"}
     given = problem("gpt-2.7b", 8, seq_length=131072, pipeline_model_parallel_size=8, **values)
