@@ -23,6 +23,11 @@ def end_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
         os._exit(1)
 
 
+def ending(code: int) -> str:
+    """Return how a process ended, by the exit code that Python has of it."""
+    return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
 def end_now(status: int) -> NoReturn:
     """End this process with everything that was printed, but without the interpreter's shutdown.
 

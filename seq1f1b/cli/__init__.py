@@ -1,9 +1,10 @@
 """``seq1f1b``: see and compare schedules before they cost anything, and train on long sequences."""
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from seq1f1b.cli.calibrate import calibrate
 from seq1f1b.cli.compare import compare
@@ -17,8 +18,23 @@ from seq1f1b.cli.simulate import simulate
 from seq1f1b.cli.timeline import timeline
 from seq1f1b.cli.training import copy_cfg, list_cfg, train
 from seq1f1b.cli.ulysses import app as ulysses
+from seq1f1b.errors import Seq1F1BError
+
+
+class _Commands(TyperGroup):
+    """Reports what Seq1F1B raises on purpose by its message, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """See TyperGroup."""
+        try:
+            return super().invoke(ctx)
+        except Seq1F1BError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -13,5 +13,9 @@ class SettingError(Seq1F1BError, ValueError):
         self.faults = tuple(faults)
 
 
+class CalibrationError(Seq1F1BError, RuntimeError):
+    """A rank that measured did not come to its end."""
+
+
 class DataFileError(Seq1F1BError, ValueError):
     """A description file that is missing or has a field that does not fit."""

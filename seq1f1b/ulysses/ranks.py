@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from seq1f1b.errors import Seq1F1BError
-from seq1f1b.processes import end_now
+from seq1f1b.processes import end_now, ending
 
 _PATIENCE = timedelta(minutes=10)
 
@@ -99,7 +99,10 @@ def _receive(number: int, rank: _Rank) -> _Answer:
         return rank.answers.recv()
     except EOFError:
         rank.process.join()
-        raise RanksError(f"rank {number} died (exit status {rank.process.exitcode})") from None
+        raise RanksError(
+            f"rank {number} ended {ending(rank.process.exitcode)} and without an answer. "
+            "Out of memory? Then use fewer ranks or a smaller model"
+        ) from None
 
 
 def _serve(

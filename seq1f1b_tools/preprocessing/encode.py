@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from seq1f1b.processes import ending
 from seq1f1b_tools.interrupts import leave_interrupts_to_parent
 from seq1f1b_tools.preprocessing.errors import DataError
 from seq1f1b_tools.preprocessing.indexed import EncodedDocuments, token_dtype
@@ -174,11 +175,7 @@ def _why_broken(workers: list[Any]) -> str:
         time.sleep(0.01)
     # the executor ends the others with SIGTERM: another way of ending is the first one's
     codes = {worker.exitcode for worker in workers} - {None, 0, -signal.SIGTERM}
-    ways = [
-        f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        for code in sorted(codes)
-    ]
     return (
-        f"a worker process ended unexpectedly {' and '.join(ways)}".rstrip()
+        f"a worker process ended unexpectedly {' and '.join(map(ending, sorted(codes)))}".rstrip()
         + ". Out of memory? Then use fewer --workers or a smaller --chunk-size"
     )

@@ -1,6 +1,9 @@
 """Measuring this machine, on shapes that take no time."""
 
 import dataclasses
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -75,3 +78,20 @@ def test_a_description_is_a_yaml_file():
     result = CliRunner().invoke(app, ["calibrate", "--output", "machine.json"])
     assert result.exit_code == 2
     assert "must end in .yaml" in result.output
+
+
+def end_rank_1(rank: int, *_: object) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_killed_ends_the_command_with_its_signal(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_run", end_rank_1)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["calibrate", "--ranks", "2"])
+    assert result.exit_code == 1
+    assert "rank 1 ended by signal SIGKILL" in result.output
+    assert "fewer --ranks" in result.output
+    assert not any(tmp_path.iterdir())

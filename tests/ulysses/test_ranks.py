@@ -47,12 +47,14 @@ def test_an_error_comes_as_the_rank_raised_it_with_its_traceback() -> None:
     assert "in fail_on_rank_1" in raised.value.__notes__[0]
 
 
-@pytest.mark.parametrize("how, status", [("signal", "-9"), ("0", "0")])
-def test_a_rank_that_ends_without_an_answer_is_reported(how: str, status: str) -> None:
-    with pytest.raises(RanksError, match=rf"rank 1 died \(exit status {status}\)"):
+@pytest.mark.parametrize(
+    "how, ending", [("signal", "by signal SIGKILL"), ("0", "with exit code 0")]
+)
+def test_a_rank_that_ends_without_an_answer_is_reported(how: str, ending: str) -> None:
+    with pytest.raises(RanksError, match=f"rank 1 ended .*{ending} and without an answer"):
         run_ranks(end_rank_1, 2, how)
 
 
 def test_a_result_that_cannot_be_sent_is_reported() -> None:
-    with pytest.raises(RanksError, match="rank 0 died"):
+    with pytest.raises(RanksError, match="rank 0 ended with exit code 1"):
         run_ranks(answer_with_code, 2)

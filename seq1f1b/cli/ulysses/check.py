@@ -13,7 +13,7 @@ from seq1f1b.cli.ulysses.options import Model, RemoteCode
 if TYPE_CHECKING:
     from seq1f1b.ulysses.check import Comparison
 
-_REFUSED, _INEXACT = 2, 1
+_INEXACT, _REFUSED, _ENDED = 1, 2, 3
 
 Sp = Annotated[int, typer.Option("--sp", min=1, help="Ranks that share a sequence.")]
 Layouts = Annotated[
@@ -38,11 +38,13 @@ def check(
     which a fault shows, and compares the loss and every gradient of one process with those of SP
     processes on this machine, in float32. Packed rows are compared with their documents alone.
 
-    Exit status: 0 if all agree, 1 if something differs, 2 if the model is refused.
+    Exit status: 0 if all agree, 1 if something differs, 2 if the model is refused,
+    3 if a rank ended before it answered.
     """
     from seq1f1b.ulysses.check import LAYOUTS, Source
     from seq1f1b.ulysses.check import check as run_check
     from seq1f1b.ulysses.errors import UnsupportedModelError
+    from seq1f1b.ulysses.ranks import RanksError
 
     chosen = tuple(x.strip() for x in layouts.split(",") if x.strip()) or LAYOUTS
     unknown = [x for x in chosen if x not in LAYOUTS]
@@ -53,6 +55,9 @@ def check(
             results = run_check(
                 Source(model, remote_code), sp, layouts=chosen, num_rows=rows, length=tokens
             )
+    except RanksError as error:
+        typer.echo(f"not compared: {error}", err=True)
+        raise typer.Exit(_ENDED) from None
     except UnsupportedModelError as error:
         typer.echo(f"refused: {error}", err=True)
         raise typer.Exit(_REFUSED) from None

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from seq1f1b.files import replacing
 from seq1f1b.planner.calibrate.kernels import ON_GPU, ON_HOST, Bench
 from seq1f1b.planner.calibrate.links import collectives, message
+from seq1f1b.planner.errors import CalibrationError
 from seq1f1b.planner.gpu import THIS_MACHINE, Gpu
+from seq1f1b.processes import ending
 
 _GIGA, _TERA, _MICRO = 1e9, 1e12, 1e-6
 _HOST_SHARE = 0.9
@@ -30,12 +32,15 @@ def default_ranks() -> int:
 
 
 def calibrate(ranks: int) -> Gpu:
-    """Measure with ``ranks`` ranks; takes one or two minutes."""
+    """Measure with ``ranks`` ranks; takes one or two minutes.
+
+    Raises CalibrationError when a rank ends before it has measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if ranks == 1:
             _run(0, 1, folder)
         else:
-            spawn(_run, args=(ranks, folder), nprocs=ranks)
+            _run_together(ranks, folder)
         measured: list[dict[str, Any]] = [
             yaml.safe_load((Path(folder) / f"{rank}.yaml").read_text()) for rank in range(ranks)
         ]
@@ -49,6 +54,16 @@ def write(description: Gpu, path: Path) -> None:
     )
     with replacing(path, encoding="utf-8") as stream:
         stream.write(text)
+
+
+def _run_together(ranks: int, folder: str) -> None:
+    try:
+        spawn(_run, args=(ranks, folder), nprocs=ranks)
+    except ProcessExitedException as error:
+        raise CalibrationError(
+            f"rank {error.error_index} ended {ending(error.exit_code)}. Out of memory? Then use "
+            "fewer --ranks"
+        ) from None
 
 
 def _run(rank: int, ranks: int, folder: str) -> None:
