@@ -1,5 +1,6 @@
 """Files that are replaced whole or not at all, and folders that need not be there yet."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,23 @@ def existing_folder(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def cannot_write(file: Path) -> str | None:
+    """Return why ``file`` could not be made or added to; nothing is left behind."""
+    if file.is_dir():
+        return "it is a folder"
+    if file.exists():
+        return None if os.access(file, os.W_OK) else "permission denied"
+    return cannot_fill(file.absolute().parent)
+
+
+def cannot_fill(folder: Path) -> str | None:
+    """Return why nothing could be put into ``folder``, which need not be there yet."""
+    folder = existing_folder(folder)
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission in {folder}"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.options import check_output, flag_error
 from seq1f1b.planner.gpu import THIS_MACHINE, calibrated_file
 
 
@@ -37,8 +37,7 @@ def calibrate(
     from seq1f1b.planner import calibrate as measuring  # torch takes seconds to start
 
     path = output or calibrated_file()
-    if path.suffix != ".yaml":
-        raise flag_error("--output", f"{path} must end in .yaml")
+    check_output("--output", path, [".yaml"])
     number = ranks or measuring.default_ranks()
     start = time.monotonic()
     with Console(stderr=True).status(f"measuring with {number} rank(s) ..."):

@@ -1,12 +1,13 @@
 """The options that the commands share, beside Megatron's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from seq1f1b.files import cannot_write
 from seq1f1b.planner.catalogue import ScheduleName
 
 _MOST = 10**9
@@ -32,6 +33,15 @@ def number_from(least: float) -> Callable[[str], float]:
 def flag_error(flag: str, message: str) -> typer.BadParameter:
     """Return the error that names a flag and ends the command with status 2."""
     return typer.BadParameter(message, param_hint=f"'{flag}'")
+
+
+def check_output(flag: str, file: Path, endings: Sequence[str]) -> None:
+    """Raise the error of a flag whose ``file`` has another ending or could not be written."""
+    if file.suffix not in endings:
+        words = f"one of {', '.join(endings)}" if len(endings) > 1 else endings[0]
+        raise flag_error(flag, f"{file} must end in {words}")
+    if why := cannot_write(file):
+        raise flag_error(flag, f"{file}: cannot be written ({why})")
 
 
 MicroBatches = Annotated[

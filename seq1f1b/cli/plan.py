@@ -11,7 +11,7 @@ from rich.table import Table
 
 from seq1f1b.cli import megatron, report
 from seq1f1b.cli.megatron import or_exit, read_given
-from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.options import check_output, flag_error
 from seq1f1b.cli.timeline import ENDINGS, draw
 from seq1f1b.planner.advice import warnings
 from seq1f1b.planner.catalogue import ScheduleName
@@ -76,14 +76,14 @@ def plan(
     given = read_given(ctx.args, model)
     device = or_exit(lambda: load_gpu(gpu))
     problem = Problem(given.values, gpus, device, gpus_per_node or device.gpus_per_node)
-    if timeline is not None and timeline.suffix not in ENDINGS:
-        raise flag_error("--timeline", f"{timeline} must end in one of {', '.join(ENDINGS)}")
+    if timeline is not None:
+        check_output("--timeline", timeline, ENDINGS)
     if schedule is not None and not explain:
         raise flag_error("--schedule", "goes with --explain; a search chooses the schedule")
     found = _explained(problem, schedule) if explain else _searched(problem, given)
     best = found.rows[0] if found.rows else None
     if timeline is not None and best is not None:
-        draw([_timeline(best)], timeline)
+        draw([_timeline(best)], timeline, "--timeline")
     if as_json:
         report.write_json(_figures(found, given, rows))
     elif script_for is not None:

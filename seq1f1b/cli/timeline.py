@@ -9,7 +9,7 @@ import typer
 
 from seq1f1b.cli import megatron, offload, options
 from seq1f1b.cli.megatron import read_given
-from seq1f1b.cli.options import flag_error
+from seq1f1b.cli.options import check_output, flag_error
 from seq1f1b.cli.problem import Device, as_timeline, make_schedule, make_shape, make_source, run
 from seq1f1b.cli.source import TraceCosts
 from seq1f1b.timeline import Timeline, chrome_trace, html_page, text_grid
@@ -62,8 +62,8 @@ def timeline(
     Costs are those of a model on a GPU (Megatron's options, or --model), of a trace, or equal for
     all stages and sub-sequences.
     """
-    if output is not None and output.suffix not in ENDINGS:
-        raise flag_error("--output", f"{output} must end in one of {', '.join(ENDINGS)}")
+    if output is not None:
+        check_output("--output", output, ENDINGS)
     given = read_given(ctx.args, model)
     device = Device(gpu, gpus, gpus_per_node, tflops, backward_ratio, latency, bandwidth)
     source = make_source(given, microbatches, trace, device)
@@ -81,16 +81,16 @@ def timeline(
     if output is None:
         typer.echo(_text(timelines, width), nl=False)
         return
-    draw(timelines, output, width)
+    draw(timelines, output, "--output", width)
     typer.echo(f"wrote {output}")
 
 
-def draw(timelines: Sequence[Timeline], output: Path, width: int | None = None) -> None:
-    """Draw into a file, as its ending says; a file that cannot be written ends the command."""
+def draw(timelines: Sequence[Timeline], output: Path, flag: str, width: int | None = None) -> None:
+    """Draw into the file of ``flag``, as its ending says; a failure to write ends the command."""
     try:
         _write(timelines, output, width)
     except OSError as error:
-        raise flag_error("--output", f"{output}: cannot be written: {error}") from None
+        raise flag_error(flag, f"{output}: cannot be written: {error}") from None
 
 
 def _text(timelines: Sequence[Timeline], width: int | None) -> str:

@@ -95,3 +95,13 @@ def test_a_rank_that_is_killed_ends_the_command_with_its_signal(monkeypatch, tmp
     assert "rank 1 ended by signal SIGKILL" in result.output
     assert "fewer --ranks" in result.output
     assert not any(tmp_path.iterdir())
+
+
+def test_a_description_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "calibrate", lambda ranks: pytest.fail("it has measured"))
+    (tmp_path / "file").touch()
+    arguments = ["calibrate", "--output", str(tmp_path / "file/new.yaml")]
+    result = CliRunner(env={"COLUMNS": "500"}).invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--output" in result.output
+    assert "file is not a folder" in result.output

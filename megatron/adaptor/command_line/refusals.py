@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION
 from megatron.adaptor.command_line.settings import Settings, length_multiple, settings_of
 from megatron.adaptor.cpu import device
 from seq1f1b.attention.kernels import is_available
-from seq1f1b.files import existing_folder
+from seq1f1b.files import cannot_fill, cannot_write
 from seq1f1b.schedule import ScheduleError
 from seq1f1b.sequence import PartitionError
 
@@ -199,29 +198,12 @@ def _file_faults(arguments: Arguments) -> Iterator[str]:
         ("--seq1f1b-metrics-file", settings.metrics_file),
         ("--seq1f1b-trace-file", settings.trace_file),
     ):
-        if name is not None and (why := _cannot_write(Path(name))):
+        if name is not None and (why := cannot_write(Path(name))):
             yield f"{flag} {name}: cannot be written ({why}): name another file"
     for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
         name = getattr(arguments.args, flag.removeprefix("--").replace("-", "_"), None)
-        if name and "://" not in name and (why := _cannot_fill(Path(name))):
+        if name and "://" not in name and (why := cannot_fill(Path(name))):
             yield f"{flag} {name}: cannot be written into ({why}): name another folder"
-
-
-def _cannot_write(file: Path) -> str | None:
-    """Return why ``file`` could not be made or added to; nothing is left behind."""
-    if file.is_dir():
-        return "it is a folder"
-    if file.exists():
-        return None if os.access(file, os.W_OK) else "permission denied"
-    return _cannot_fill(file.absolute().parent)
-
-
-def _cannot_fill(folder: Path) -> str | None:
-    """Return why nothing could be put into ``folder``, which need not be there yet."""
-    folder = existing_folder(folder)
-    if not folder.is_dir():
-        return f"{folder} is not a folder"
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission in {folder}"
 
 
 # --------------------------------------------------------------------------------------- the table
