@@ -175,6 +175,20 @@ MUTANTS = (
         _OFFLOAD,
     ),
     Mutant(
+        "gradients of a parameter that comes from another device miss the buffers",
+        "megatron/adaptor/offload/slots.py",
+        "                self._keep_hook(chunk, parameter)\n",
+        "",
+        "tests/adaptor/test_offload_streams.py -k reach",
+    ),
+    Mutant(
+        "a copy does not wait for computations that use its slot",
+        "megatron/adaptor/offload/link.py",
+        "        lane.wait_stream(self._cuda.current_stream())\n",
+        "",
+        "tests/adaptor/test_offload_streams.py -k races",
+    ),
+    Mutant(
         "gradients are dropped before their update",
         "megatron/adaptor/offload/updates.py",
         "return None if self._waiting else original(optimizer, *args, **kwargs)",

@@ -14,12 +14,12 @@ def test_a_copy_takes_its_bytes_over_the_pace_beside_the_caller():
     first = link.start(Direction.IN, 60_000, lambda: done.append("first"))
     second = link.start(Direction.IN, 40_000, lambda: done.append("second"))
     back = link.start(Direction.OUT, 50_000, lambda: done.append("back"))
-    assert not second.done()
-    back.result()
+    assert "second" not in done
+    back()
     assert time.perf_counter() - start >= 0.05
-    first.result()
+    first()
     assert time.perf_counter() - start >= 0.06
-    second.result()
+    second()
     assert time.perf_counter() - start >= 0.1
     assert sorted(done) == ["back", "first", "second"]
     assert done.index("first") < done.index("second")
@@ -28,9 +28,20 @@ def test_a_copy_takes_its_bytes_over_the_pace_beside_the_caller():
 def test_a_copy_waits_for_those_before_it():
     link, done = PacedLink(1e6), []
     out = link.start(Direction.OUT, 50_000, lambda: done.append("out"))
-    into = link.start(Direction.IN, 1, lambda: done.append(out.done()), [out])
-    into.result()
-    assert done == ["out", True]
+    link.start(Direction.IN, 1, lambda: done.append("into"), [out])()
+    assert done == ["out", "into"]
+
+
+def test_a_link_is_finished_when_no_copy_is_under_way():
+    def broken() -> None:
+        raise OSError("no such memory")
+
+    link, done = PacedLink(1e6), []
+    link.start(Direction.OUT, 50_000, lambda: done.append("out"))
+    link.start(Direction.IN, 1, broken)
+    link.start(Direction.IN, 30_000, lambda: done.append("in"))
+    link.finish()
+    assert sorted(done) == ["in", "out"]
 
 
 @pytest.mark.parametrize("link", [DirectLink(), PacedLink(1e12)])
@@ -39,12 +50,12 @@ def test_what_a_copy_raises_comes_out_where_it_is_waited_for(link):
         raise OSError("no such memory")
 
     with pytest.raises(OSError, match="no such memory"):
-        link.start(Direction.IN, 1, broken).result()
+        link.start(Direction.IN, 1, broken)()
 
 
 def test_without_a_pace_a_copy_is_made_at_once():
     link, threads = link_of(None, None, 0), []
-    assert link.start(Direction.IN, 10**12, lambda: threads.append(threading.get_ident())).done()
+    link.start(Direction.IN, 10**12, lambda: threads.append(threading.get_ident()))
     assert threads == [threading.get_ident()]
 
 
@@ -60,8 +71,8 @@ def order_of(one: PacedLink, other: PacedLink, num_bytes: int) -> list[tuple[flo
             for _ in range(3)
         ]
         time.sleep(0.01)
-    for copy in copies:
-        copy.result()
+    for wait in copies:
+        wait()
     return begun
 
 

@@ -56,6 +56,11 @@ def installed() -> bool:
     return _installed
 
 
+def has_gpu() -> bool:
+    """Whether there is a CUDA device, and not something that stands for it."""
+    return torch.cuda.is_available() and not _installed
+
+
 def install() -> None:
     """Make this process train on the CPU if it has no CUDA device; otherwise do nothing.
 
@@ -66,7 +71,7 @@ def install() -> None:
             no longer be replaced.
     """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed or has_gpu():
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
@@ -237,6 +242,11 @@ def on_cpu(device: Any) -> Any:
     return torch.device("cpu") if is_cuda else device
 
 
+def cuda_name(name: str) -> str:
+    """The name of a tensor's type, ``torch.FloatTensor`` say, as if the tensor were on the GPU."""
+    return "torch.cuda." + name.removeprefix("torch.").removeprefix("cuda.")
+
+
 def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with ``device=`` on the CPU and without pinned memory."""
 
@@ -275,7 +285,7 @@ def _type(function: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             name = function(self)
-            return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
+            return cuda_name(name) if self.device.type == "cpu" else name
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return function(self, dtype, *args, **kwargs)

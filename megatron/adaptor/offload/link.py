@@ -1,4 +1,4 @@
-"""What copies model chunks between host memory and the device: at once, or at a link's pace.
+"""What copies model chunks between host memory and the device: streams of a GPU, or the host.
 
 On a machine without a GPU both are memory of the host, and a copy takes next to nothing. A paced
 link makes it take as long as on a bus of a given bandwidth, beside the computations, so that
@@ -11,13 +11,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
+
+from megatron.adaptor.cpu import device
 
 Copy = Callable[[], None]
 """Copies when it is called."""
+Wait = Callable[[], None]
+"""Lets what is computed or copied from now on come after a copy, and raises what that raised."""
 
 
 class Direction(StrEnum):
@@ -31,12 +38,16 @@ class Link(Protocol):
     """What makes copies, those of one direction one after the other."""
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Future[None]] = ()
-    ) -> Future[None]:
-        """Have ``copy`` made when all of ``after`` is done; what is returned is then done.
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
+    ) -> Wait:
+        """Have ``copy`` made after the copies of ``after``, and return what waits for it.
 
-        Waiting for it raises what ``copy`` raised.
+        It comes after all that was computed before, too.
         """
+        ...
+
+    def finish(self) -> None:
+        """Return when no copy is under way, whether they raised or not."""
         ...
 
 
@@ -44,15 +55,14 @@ class DirectLink:
     """Makes every copy at once: it is done when ``start`` returns."""
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Future[None]] = ()
-    ) -> Future[None]:
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
+    ) -> Wait:
         """See Link."""
-        for other in after:
-            other.result()
         copy()
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        return lambda: None
+
+    def finish(self) -> None:
+        """No copy is ever under way."""
 
 
 class PacedLink:
@@ -71,17 +81,22 @@ class PacedLink:
         }
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Future[None]] = ()
-    ) -> Future[None]:
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
+    ) -> Wait:
         """See Link."""
         seconds = num_bytes / self._bytes_per_second
-        return self._lanes[direction].submit(self._make, direction, seconds, copy, after)
+        return self._lanes[direction].submit(self._make, direction, seconds, copy, after).result
+
+    def finish(self) -> None:
+        """See Link."""
+        for lane in self._lanes.values():
+            lane.submit(lambda: None).result()
 
     def _make(
-        self, direction: Direction, seconds: float, copy: Copy, after: Sequence[Future[None]]
+        self, direction: Direction, seconds: float, copy: Copy, after: Sequence[Wait]
     ) -> None:
-        for other in after:
-            other.result()
+        for wait in after:
+            wait()
         with self._turn(direction):
             end = time.perf_counter() + seconds
             copy()
@@ -113,10 +128,46 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def link_of(
-    gb_per_second: float | None, roots: Sequence[int] | None, stage: int
-) -> DirectLink | PacedLink:
-    """Return the link of a ``stage``: paced if a pace is given, under its root if roots are."""
+class CudaLink:
+    """Queues copies on a stream of the current GPU for each direction; only ``finish`` waits.
+
+    A copy comes after all that the current stream was given before: no kernel still reads the
+    weights that a load overwrites, and none still adds to gradients that leave. cuda: torch.cuda,
+    or what stands for it.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+        self._lanes = {direction: cuda.Stream() for direction in Direction}
+
+    def start(
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
+    ) -> Wait:
+        """See Link."""
+        lane = self._lanes[direction]
+        lane.wait_stream(self._cuda.current_stream())
+        with self._cuda.stream(lane):
+            for wait in after:
+                wait()
+            copy()
+        return partial(self._wait, lane.record_event())
+
+    def finish(self) -> None:
+        """See Link."""
+        for lane in self._lanes.values():
+            lane.synchronize()
+
+    def _wait(self, copied: Any) -> None:
+        self._cuda.current_stream().wait_event(copied)
+
+
+def link_of(gb_per_second: float | None, roots: Sequence[int] | None, stage: int) -> Link:
+    """Return the link of a ``stage``: paced if a pace is given, under its root if roots are.
+
+    Of this machine's GPU if there is one, which has a pace of its own.
+    """
+    if device.has_gpu():
+        return CudaLink()
     if gb_per_second is None:
         return DirectLink()
     return PacedLink(gb_per_second * 1e9, None if roots is None else roots[stage])

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.adaptor.offload.link import Direction, DirectLink, Link
+from megatron.adaptor.offload.link import Direction, DirectLink, Link, Wait
 from megatron.adaptor.offload.updates import Updates
 from seq1f1b.schedule import Action, Kind, Schedule, residencies
 
@@ -47,7 +46,7 @@ class ChunkSlots:
     the largest buffer of each kind (dtypes, experts or not). ``load`` copies a chunk into its slot
     and points its parameters there; ``free`` takes gradients home and points back. Optimizer,
     reductions and checkpoints see the home only. updates: of the home, for which a load waits.
-    poison: whether freed memory is filled with NaN.
+    device: where the slots are. poison: whether freed memory is filled with NaN.
 
     Raises ValueError when a chunk has parameters to train outside of its buffers.
     """
@@ -58,6 +57,7 @@ class ChunkSlots:
         num_slots: int,
         updates: Updates,
         *,
+        device: torch.device | int | str = "cpu",
         link: Link | None = None,
         poison: bool = False,
     ) -> None:
@@ -79,17 +79,18 @@ class ChunkSlots:
         self._slots = [
             {
                 key: _Place(
-                    torch.full((size,), math.nan, dtype=key[0]),
-                    torch.full((size,), math.nan, dtype=key[1]),
+                    torch.full((size,), math.nan, dtype=key[0], device=device),
+                    torch.full((size,), math.nan, dtype=key[1], device=device),
                 )
                 for key, size in room.items()
             }
             for _ in range(num_slots)
         ]
+        self._accumulators = {p: _accumulator(p) for home in self._homes for p in home}
         self._there: dict[int, int] = {}  # slot of each chunk on the device
         self._partial: set[int] = set()
-        self._arriving: dict[int, Future[None]] = {}  # by chunk
-        self._leaving: dict[int, Future[None]] = {}  # by slot
+        self._arriving: dict[int, Wait] = {}  # by chunk
+        self._leaving: dict[int, Wait] = {}  # by slot
         self._slot_of: Sequence[int] = ()
         self._going_backward: Mapping[Action, bool] = {}
         self.traffic = Traffic()
@@ -141,6 +142,7 @@ class ChunkSlots:
                     place.weights[start:end].view(parameter.shape),
                     place.gradients[start:end].view(parameter.shape),
                 )
+                self._keep_hook(chunk, parameter)
         num_bytes = sum(source.nbytes for _, source in copies if source is not None)
         after = [self._leaving.pop(slot)] if slot in self._leaving else []
         self._arriving[chunk] = self._link.start(
@@ -148,10 +150,10 @@ class ChunkSlots:
         )
 
     def wait(self, action: Action) -> None:
-        """Return when the chunk of a computation is in its slot."""
+        """Let a computation come after its chunk's load."""
         arriving = self._arriving.pop(action.chunk, None)
         if arriving is not None:
-            arriving.result()
+            arriving()
 
     def free(self, action: Action) -> None:
         """Point the chunk's parameters home; after backwards have its gradients taken there."""
@@ -162,6 +164,8 @@ class ChunkSlots:
         if action.kind is Kind.FREE_F:
             self._spoil(places)
             return
+        astray = [p for buffer, _ in places for p in buffer.params if p.grad is not None]
+        assert not astray, f"{action}: {len(astray)} gradients have not been added to main_grad"
         under_way = self._updates.are_under_way(self._chunks[chunk])
         assert not under_way, f"{action}: the update of the last step still reads gradients"
         self._partial.add(chunk)
@@ -173,20 +177,31 @@ class ChunkSlots:
 
     def end(self) -> None:
         """Wait for all copies, and point home what after a step that failed is not there."""
+        self._link.finish()
         copies = [*self._arriving.values(), *self._leaving.values()]
-        wait(copies)
         self._arriving, self._leaving = {}, {}
         for chunk in list(self._there):
             places = list(self._places(chunk))
             self._point_home(chunk)
             self._spoil(places)
-        for copy in copies:
-            copy.result()
+        for copied in copies:
+            copied()
 
     def _take_home(self, places: Sequence[tuple[Any, _Place]]) -> None:
         for buffer, place in places:
-            buffer.grad_data.copy_(place.gradients)
+            buffer.grad_data.copy_(place.gradients, non_blocking=True)
         self._spoil(places)
+
+    def _keep_hook(self, chunk: int, parameter: Any) -> None:
+        """Have DDP's hook, which adds gradients to ``main_grad``, on the parameter's accumulator.
+
+        Autograd drops the accumulator, and its hooks, when a parameter's data moves to another
+        device, and makes a new one, which lives on in graphs after the parameter has left again.
+        """
+        accumulator = _accumulator(parameter)
+        if accumulator is not self._accumulators[parameter]:
+            accumulator.register_hook(self._chunks[chunk]._make_backward_post_hook(parameter))
+            self._accumulators[parameter] = accumulator
 
     def _spoil(self, places: Sequence[tuple[Any, _Place]]) -> None:
         """Let whoever still uses a slot that was given up find NaN there, if that is asked for."""
@@ -214,7 +229,7 @@ def _fill(copies: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         if source is None:
             target.zero_()
         else:
-            target.copy_(source)
+            target.copy_(source, non_blocking=True)
 
 
 def _point(parameter: Any, weights: Tensor, gradients: Tensor) -> None:
@@ -223,6 +238,12 @@ def _point(parameter: Any, weights: Tensor, gradients: Tensor) -> None:
     if owner is not None:
         gradients.owner = owner  # type: ignore[attr-defined]
     parameter.data, parameter.main_grad = weights, gradients
+
+
+@torch.enable_grad()
+def _accumulator(parameter: Any) -> Any:
+    """Return the node of autograd that adds up a parameter's gradient."""
+    return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
 
 
 def _key(buffer: Any) -> tuple[torch.dtype, torch.dtype, Hashable]:

@@ -1,0 +1,186 @@
+"""Copies beside computations of a GPU: what waits for what, and whose gradients go where."""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.adaptor.offload.link import CudaLink
+from megatron.adaptor.offload.slots import ChunkSlots
+from megatron.adaptor.offload.updates import Updates
+from seq1f1b.schedule import Action, Kind, Schedule, forward_only, interleaved, lower, visiting
+from tests.distributed.streams import RaceError, Streams
+
+SIZE = 6
+
+
+class Chunk(torch.nn.Module):
+    """One weight, with its flat buffer and the hook that Megatron's DDP has on its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: Any = torch.nn.Parameter(torch.randn(2, SIZE // 2))
+        data, gradient = torch.zeros(SIZE), torch.zeros(SIZE)
+        data.copy_(self.weight.data.view(-1))
+        self.weight.data, self.weight.main_grad = data.view(2, -1), gradient.view(2, -1)
+        self.buffers = [  # type: ignore[assignment]
+            SimpleNamespace(
+                param_data=data,
+                grad_data=gradient,
+                params=[self.weight],
+                param_index_map={self.weight: (0, SIZE, 0)},
+            )
+        ]
+        self.expert_parallel_buffers: list[Any] = []
+        self._held = self.weight.expand_as(self.weight).grad_fn.next_functions[0][0]
+        self._held.register_hook(self._make_backward_post_hook(self.weight))
+
+    def _make_backward_post_hook(self, parameter: Any) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if parameter.grad is not None:
+                parameter.main_grad.add_(parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+
+class Stage:
+    """Chunks of a stage that train by schedules of one row, beside streams that tell of races."""
+
+    def __init__(self, num_chunks: int, num_slots: int, link: type[CudaLink] = CudaLink) -> None:
+        torch.manual_seed(1)
+        self.chunks = [Chunk() for _ in range(num_chunks)]
+        self.streams = Streams()
+        self.slots = ChunkSlots(
+            self.chunks, num_slots, Updates(lambda: None), link=link(self.streams), poison=True
+        )
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        homes = [tensor for b in buffers for tensor in (b.param_data, b.grad_data)]
+        self.streams.watch(self.slots.tensors, homes)
+
+    def run(self, schedule: Schedule) -> None:
+        """Run a step of the first stage, and between the steps let the host update the weights."""
+        with self.streams:
+            graphs: dict[Action, Any] = {}
+            self.slots.begin(schedule, 0)
+            try:
+                for action in schedule.stages[0]:
+                    self._do(action, graphs, trains=Kind.B in {a.kind for a in schedule.stages[0]})
+            finally:
+                self.slots.end()
+            for chunk in self.chunks:
+                for buffer in chunk.buffers:
+                    buffer.param_data.sub_(buffer.grad_data, alpha=0.1)
+
+    def _do(self, action: Action, graphs: dict[Action, Any], *, trains: bool) -> None:
+        chunk = self.chunks[action.chunk]
+        if action.kind.is_load:
+            self.slots.load(action)
+        elif action.kind in (Kind.FREE_F, Kind.FREE_B):
+            self.slots.free(action)
+        elif action.kind is Kind.F:
+            self.slots.wait(action)
+            with torch.set_grad_enabled(trains):
+                graphs[action] = (chunk.weight**2).sum() * (action.micro_batch + 1)
+        elif action.kind is Kind.B:
+            self.slots.wait(action)
+            graphs.pop(action.of_kind(Kind.F)).backward()
+
+
+def schedule(num_slots: int, *, turn: int, prefetch: bool) -> Schedule:
+    return visiting(lower(interleaved(2, 4, 4, 1, turn)), num_slots, prefetch=prefetch)
+
+
+def evaluation(num_slots: int) -> Schedule:
+    return visiting(lower(forward_only(2, 4, 4, 1, 4)), num_slots, prefetch=True)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("turn, num_slots", [(4, 1), (4, 2), (4, 3), (4, 4), (2, 2), (2, 3)])
+def test_nothing_races_and_weights_are_those_of_resident_chunks(num_slots, prefetch, turn):
+    visits, resident = Stage(4, num_slots), Stage(4, 4)
+    for _ in range(2):
+        visits.run(evaluation(num_slots))
+        visits.run(schedule(num_slots, turn=turn, prefetch=prefetch))
+        resident.run(evaluation(4))
+        resident.run(schedule(4, turn=turn, prefetch=False))
+    assert visits.streams.num_operations > 50
+    for one, other in zip(visits.chunks, resident.chunks, strict=True):
+        assert torch.equal(one.weight, other.weight)
+
+
+# Each leaves out one thing that a copy, a computation or the host waits for.
+
+
+class NotAfterComputations(CudaLink):
+    def start(self, direction: Any, num_bytes: int, copy: Any, after: Any = ()) -> Any:
+        lane = self._lanes[direction]
+        with self._cuda.stream(lane):
+            for wait in after:
+                wait()
+            copy()
+        return partial(self._wait, lane.record_event())
+
+
+class NotAfterCopies(CudaLink):
+    def start(self, direction: Any, num_bytes: int, copy: Any, after: Any = ()) -> Any:
+        return super().start(direction, num_bytes, copy)
+
+
+class NotWaitedFor(CudaLink):
+    def _wait(self, copied: Any) -> None:
+        pass
+
+
+class NotFinished(CudaLink):
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("link", [NotAfterComputations, NotAfterCopies, NotWaitedFor, NotFinished])
+def test_each_wait_is_needed(link):
+    stage = Stage(4, 2, link)
+    steps = schedule(2, turn=4, prefetch=True)
+    with pytest.raises(RaceError):
+        [stage.run(steps) for _ in range(2)]
+
+
+def test_the_host_changes_weights_when_an_evaluation_has_loaded_them():
+    with pytest.raises(RaceError, match="home"):
+        Stage(4, 2, NotFinished).run(evaluation(2))
+
+
+def drop_accumulator(parameter: torch.Tensor) -> None:
+    """Have autograd forget a parameter's accumulator, as it does where the device changes."""
+    data = parameter.data
+    parameter.data = torch.empty(data.shape, dtype=torch.float64)
+    parameter.data = data
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_gradients_reach_the_buffers_of_a_parameter_that_moves_between_devices(
+    monkeypatch, is_kept
+):
+    moved, resident = Stage(4, 2), Stage(4, 4)
+    keep = ChunkSlots._keep_hook
+
+    def keep_after_move(slots: ChunkSlots, chunk: int, parameter: Any) -> None:
+        if slots is moved.slots:
+            drop_accumulator(parameter)
+        if is_kept or slots is not moved.slots:
+            keep(slots, chunk, parameter)
+
+    monkeypatch.setattr(ChunkSlots, "_keep_hook", keep_after_move)
+    steps = schedule(2, turn=4, prefetch=True)
+    if not is_kept:
+        with pytest.raises(AssertionError, match="have not been added to main_grad"):
+            moved.run(steps)
+        return
+    for _ in range(2):
+        moved.run(steps)
+        resident.run(schedule(4, turn=4, prefetch=False))
+    for one, other in zip(moved.chunks, resident.chunks, strict=True):
+        assert torch.equal(one.weight, other.weight)
