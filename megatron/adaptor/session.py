@@ -20,6 +20,7 @@ from megatron.adaptor.layers.positions import Positions
 from megatron.adaptor.layers.router_losses import RouterLosses
 from megatron.adaptor.layers.transformer_engine import EngineConfiguration
 from megatron.adaptor.offload import host_memory
+from megatron.adaptor.offload.homes import Homes
 from megatron.adaptor.offload.updates import Updates
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.ranks import Ranks
@@ -44,6 +45,7 @@ class Session:
         self.meter = StepMeter(self.context, device)
         self.attention = Attention(self.context)
         self.router_losses = RouterLosses(self.context)
+        self.homes = Homes(lambda: self.settings)
         self.updates = Updates(lambda: self.settings)
         self.loop = Loop(self)
         self.args: argparse.Namespace | None = None
@@ -101,6 +103,7 @@ class Session:
         refuse([too_little] if too_little else [], args.local_rank)
         self._settings, self.args = settings, args
         self._apply(settings)
+        self.homes.prepare(args)
 
     def count_vocabulary(self) -> None:
         """Add the output layer to the model's cost once Megatron has built the tokenizer."""
@@ -123,6 +126,7 @@ class Session:
             *Helpers(lambda: self.args).patches(),
             *Loading(lambda: self.args).patches(),
             *Room(lambda: self.args).patches(),
+            *self.homes.patches(),
             *self.updates.patches(),
             *self.loop.patches(),
             *self.meter.patches(),

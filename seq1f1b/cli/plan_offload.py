@@ -26,8 +26,8 @@ from seq1f1b.planner.search import MARGIN
 
 _WIDTH = 80
 _RUNS = (
-    "Every figure is a model's; nothing was measured. --offload-model-chunks runs without a GPU so "
-    "far and is refused on CUDA (docs/offload.md)."
+    "Every figure is a model's; nothing was measured. --offload-model-chunks has not run on a GPU "
+    "yet (docs/offload.md)."
 )
 _NOT_IN_THE_ENGINE = {Adam.ON_ARRIVAL}
 _MARK = "* Not in the engine: its Adam waits for the norm of all gradients."

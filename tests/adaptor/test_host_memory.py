@@ -1,6 +1,7 @@
 """A model that a machine's memory cannot keep is refused, with numbers, before ranks meet."""
 
 import shlex
+from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from megatron.adaptor import install
 install()
 import torch
+from megatron.adaptor.cpu import device
 from megatron.adaptor.offload import host_memory
 from megatron.training.arguments import parse_args, validate_args
 files, cases = json.loads(sys.stdin.read())
@@ -23,6 +25,7 @@ left = [list(host_memory.left_in_groups(*map(Path, pair))) for pair in files]
 answers = []
 for argv, gib, environ in cases:
     os.environ.update(environ)
+    device.has_gpu = lambda: "GPU" in environ
     host_memory.available_bytes = lambda: gib * 2**30
     sys.argv = ["script", *argv]
     try:
@@ -49,6 +52,18 @@ _LAYERS = (_PARAMETERS - 2 * _TABLE) / 32
 _GIB = (18 * _PARAMETERS + (2 + 4) * (4 * 4 * _LAYERS + 2 * _TABLE)) / 2**30
 _GIB_IN_BF16 = (20 * _PARAMETERS + (2 + 2) * (4 * 4 * _LAYERS + 2 * _TABLE)) / 2**30
 
+# Beside a GPU slots are not the host's, and each buffer has a power of two; see powers().
+_STATES = 12 * _PARAMETERS
+
+
+def powers(width: int) -> float:
+    """Return the bytes of 8 chunks' buffers of ``width`` bytes an element, in pinned memory."""
+    plain, with_table = (2 ** ceil(log2(width * n)) for n in (4 * _LAYERS, 4 * _LAYERS + _TABLE))
+    return 6 * plain + 2 * with_table
+
+
+_GIB_PINNED = (_STATES + powers(2) + powers(4)) / 2**30
+
 
 def on(local: int, rank: int = 0, world: int = 4) -> dict[str, str]:
     return {
@@ -69,6 +84,12 @@ CASES: dict[str, tuple[list[str], float, dict[str, str]]] = {
         _GIB_IN_BF16 * 0.99,
         on(4),
     ),
+    "too little for pinned memory": (
+        _OFFLOAD + _VOCABULARY,
+        _GIB_PINNED * 0.99,
+        on(4) | {"GPU": "1"},
+    ),
+    "enough for pinned memory": (_OFFLOAD + _VOCABULARY, _GIB_PINNED * 1.01, on(4) | {"GPU": "1"}),
     "enough on one of two machines": (_OFFLOAD + _VOCABULARY, _GIB * 0.51, on(2)),
     "too little on the second machine": (_OFFLOAD + _VOCABULARY, _GIB * 0.49, on(2, 2)),
     "two replicas": (_OFFLOAD + _VOCABULARY, 2 * _GIB * 0.8, on(8, world=8)),
@@ -114,6 +135,7 @@ def groups(folder: Path) -> list[list[str]]:
     [
         "resident",
         "enough",
+        "enough for pinned memory",
         "enough on one of two machines",
         "two replicas",  # which share the optimizer's states
         "a vocabulary that is not known yet",
@@ -128,6 +150,7 @@ def test_a_model_that_fits_is_accepted(answers, name):
     [
         ("too little", 4, _GIB),
         ("gradients in bf16", 4, _GIB_IN_BF16),
+        ("too little for pinned memory", 4, _GIB_PINNED),
         ("too little on the second machine", 2, _GIB / 2),
     ],
 )

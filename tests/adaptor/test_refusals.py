@@ -8,12 +8,13 @@ from tests.programs import ask
 
 # Reads cases [flags, values to set after parsing] and answers, for each, with the refusals of all
 # rows by their number, and of the whole table; then with the flag of every row. Values stand for
-# flags that Megatron refuses by itself on a machine without a GPU.
+# flags that Megatron refuses by itself on a machine without a GPU; has_gpu is that it has one.
 _PROGRAM = """
 import json, sys
 from megatron.adaptor import install
 install()
 from megatron.adaptor.command_line import refusals
+from megatron.adaptor.cpu import device
 from megatron.training.arguments import parse_args, validate_args
 refusals.refuse = lambda faults, rank: None
 table = refusals.TABLE
@@ -23,6 +24,8 @@ for flags, values in json.loads(sys.stdin.read()):
     args = parse_args()
     refusals.TABLE = ()
     validate_args(args)
+    has_gpu = values.pop("has_gpu", False)
+    device.has_gpu = lambda: has_gpu
     for name, value in values.items():
         setattr(args, name, value)
     own = {}
@@ -33,6 +36,7 @@ for flags, values in json.loads(sys.stdin.read()):
             own[number] = faults
     refusals.TABLE = table
     _, everything = refusals.settings_from(args)
+    device.has_gpu = lambda: False
     answers.append([own, everything])
 print("ANSWER" + json.dumps([answers, [row.flag for row in table]]))
 """
@@ -168,6 +172,34 @@ CASES: list[tuple[str, dict[str, object], str]] = [
     (_OFFLOAD, {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute cannot"),
     (_OFFLOAD, {"delay_wgrad_compute": True}, "--delay-wgrad-compute cannot go with"),
     (_OFFLOAD, {"nccl_ub": True}, "--nccl-ub cannot go with"),
+    (
+        _OFFLOAD,
+        {"ddp_param_name_patterns_for_fp32_local_accumulation": ["all"]},
+        "--ddp-param-name-patterns-for-fp32-local-accumulation cannot go with",
+    ),
+    (_OFFLOAD, {"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards (and that of"),
+    *(
+        (_OFFLOAD, {"has_gpu": True, name: value}, f"{refusal} --offload-model-chunks on a GPU")
+        for name, value, refusal in (
+            ("fp16", True, "--fp16 cannot go with"),
+            ("loss_scale", 8.0, "--loss-scale cannot go with"),
+            (
+                "use_precision_aware_optimizer",
+                True,
+                "--use-precision-aware-optimizer cannot go with",
+            ),
+            ("optimizer_cuda_graph", True, "--optimizer-cuda-graph cannot go with"),
+            ("ddp_average_in_collective", True, "--ddp-average-in-collective cannot go with"),
+            ("async_save", True, "--async-save cannot go with"),
+            ("fp8", "hybrid", "--fp8-format cannot go with"),
+            ("fp4", "e2m1", "--fp4-format cannot go with"),
+        )
+    ),
+    (
+        _OFFLOAD,
+        {"has_gpu": True, "optimizer": "sgd"},
+        "--optimizer sgd does not update model chunks",
+    ),
     ("--seq1f1b-turn 4", {}, "--seq1f1b-turn goes with virtual stages"),
     (
         "--num-virtual-stages-per-pipeline-rank 2 --seq1f1b-turn 4 --global-batch-size 8 "
@@ -264,6 +296,17 @@ def test_no_row_goes_without_a_case(found):
         if any(expected in fault for fault in faults)
     }
     assert [flags[n] for n in range(len(flags)) if str(n) not in covered] == []
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_offloading_needs_no_other_flags_with_a_gpu_but_has_no_pace(has_gpu):
+    paced = f"{_OFFLOAD} --offload-link-gb-per-s 8"
+    late = f"{_LATE} --bf16 --offload-prefetch"
+    cases = [[[*_BASE, *shlex.split(flags)], {"has_gpu": has_gpu}] for flags in (late, paced)]
+    (_, plain), (_, with_pace) = ask(_PROGRAM, cases, RANK="0", WORLD_SIZE="4")[0]
+    assert plain == []
+    pace = "--offload-link-gb-per-s 8: is for rehearsals without a GPU"
+    assert [fault[: len(pace)] for fault in with_pace] == [pace] * has_gpu
 
 
 def test_folders_that_nothing_can_be_put_into_are_refused(tmp_path):

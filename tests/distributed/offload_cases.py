@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from tests.distributed.layouts import Layout
@@ -24,6 +25,7 @@ from tests.distributed.megatron_model import (
     stage_chunks,
     whole_model,
 )
+from tests.distributed.streams import Streams
 
 _SECONDS_LATE = 0.004
 
@@ -60,7 +62,8 @@ class Way:
     just_in_time: updates are behind the next step, and slow. evaluates: whether forwards without
     backwards run between the steps. moves: whether slots are swapped between a chunk's forward and
     backward, which must not train the same. fails: whether updates behind the next step raise.
-    pace, roots: of the link, in GB/s.
+    gpu: whether all is as beside a GPU but for the device itself; copies are on streams that tell
+    of races. pace, roots: of the link, in GB/s.
     """
 
     slots: int = 0
@@ -72,6 +75,7 @@ class Way:
     evaluates: bool = False
     moves: bool = False
     fails: bool = False
+    gpu: bool = False
     pace: float | None = None
     roots: tuple[int, ...] | None = None
 
@@ -110,11 +114,12 @@ def train(case: Case, way: Way) -> Visits:
     whole = whole_model(case)
     session.settings = way.settings(case)
     case.layout.enter(case.num_chunks)
-    training = _Training(case, way, session, whole)
     with (
+        _beside_a_gpu() if way.gpu else contextlib.nullcontext(),
         _moved(ChunkSlots) if way.moves else contextlib.nullcontext(),
         _slow_updates(fails=way.fails),
     ):
+        training = _Training(case, way, session, whole)
         for number in range(way.steps):
             training.step()
             training.schedule_optimizer(number)
@@ -333,6 +338,29 @@ def _slow_updates(*, fails: bool) -> Iterator[None]:
         yield
     finally:
         DistributedOptimizer.step_with_ready_grads = step
+
+
+@contextlib.contextmanager
+def _beside_a_gpu() -> Iterator[None]:
+    """Take the CPU for a GPU that has memory of its own, and look for races with its copies."""
+    from megatron.adaptor.cpu import device
+    from megatron.adaptor.offload.link import CudaLink
+    from megatron.adaptor.offload.slots import ChunkSlots
+    from megatron.adaptor.step import loop
+
+    streams, begin = Streams(), ChunkSlots.begin
+
+    def watched(self: Any, *arguments: Any) -> None:
+        buffers = [buffer for chunk in self._chunks for buffer in _buffers(chunk)]
+        streams.watch(self.tensors, [t for b in buffers for t in (b.param_data, b.grad_data)])
+        begin(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, streams:
+        patch.setattr(device, "has_gpu", lambda: True)
+        patch.setattr(loop, "link_of", lambda *_: CudaLink(streams))
+        patch.setattr(ChunkSlots, "begin", watched)
+        yield
+    assert streams.num_operations > 0
 
 
 @contextlib.contextmanager

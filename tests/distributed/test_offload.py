@@ -47,7 +47,7 @@ def same(one: Visits, other: Visits) -> bool:
 TRACKER = "latest_checkpointed_iteration.txt"
 NORM = re.compile(r"params norm: ([\d.]+)")
 VALIDATION = re.compile(r"validation loss at iteration 4 .*")
-LATE, EARLY = "just_in_time", "prefetch"
+LATE, EARLY, GPU = "just_in_time", "prefetch", "gpu"
 # a copy of a chunk takes some milliseconds, beside the computations, and both ranks share the link
 PACED = {"pace": 0.05, "roots": (0, 0)}
 GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
@@ -74,12 +74,22 @@ GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "turns": (V4, {"turn": 2} | FEW, [way(2, LATE), way(3, EARLY) | PACED, way(1)]),
     "turns bf16": (cut(V4), {"turn": 3} | BF16 | FEW, [way(2, EARLY), way(3, LATE)]),
+    "beside a gpu": (
+        cut(V4, tied=True, per_token=True),
+        ONE | FEW | {"evaluates": True},
+        [way(1, LATE, GPU), way(2, EARLY, GPU)],
+    ),
+    "beside a gpu, bf16": (
+        replace(cut(V2, recompute=True), replicas=2),
+        {"turn": 3} | BF16 | FEW,
+        [way(1, LATE, EARLY, GPU)],
+    ),
     "replicas": (replace(V2, replicas=2), ONE | FEW, [way(1, LATE, EARLY)]),
     "tensor": (cut(V2, tensor=2), ONE | BF16 | FEW, [way(1, LATE)]),
 }
 
 
-@pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "per token"]))
+@pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "per token", "beside a gpu"]))
 def test_training_is_bit_for_bit_the_same(workers, name):
     """Slots take what the largest chunk takes, and nothing else is on the device, ever."""
     case, common, ways = GRID[name]

@@ -33,7 +33,7 @@ def test_it_says_what_fits_what_it_waits_for_and_what_to_paste():
         "ZeRO-Offload",
         "offload, Adam on arrival *",
         "Not in the engine",
-        "refused on CUDA",
+        "has not run on a GPU",
         "nothing was measured",
         "max(compute, PCIe, Adam)",
         "Loads hide from 2.9k tokens a turn on, 5.7k when all GPUs under a root load",

@@ -107,11 +107,6 @@ def _own_faults(arguments: Arguments) -> Iterator[str]:
             yield f"{given} with --seq-length {args.seq_length}: {error}{_why_multiple(args)}"
         else:
             yield from _schedule_faults(arguments)
-    if settings.offload_chunks > 0 and not device.installed():
-        yield (
-            f"--offload-model-chunks {settings.offload_chunks}: copies to a GPU are not there yet, "
-            "only those of a machine without one: leave it out"
-        )
     yield from _link_faults(arguments)
     yield from _file_faults(arguments)
 
@@ -121,6 +116,11 @@ def _link_faults(arguments: Arguments) -> Iterator[str]:
     pace, roots = settings.offload_gb_per_second, settings.offload_roots
     if pace is not None and not 0.0 < pace < math.inf:
         yield f"--offload-link-gb-per-s {pace:g}: must be above 0: leave it out for no limit"
+    elif pace is not None and device.has_gpu():
+        yield (
+            f"--offload-link-gb-per-s {pace:g}: is for rehearsals without a GPU, whose own link "
+            "has a pace: leave it out"
+        )
     if roots is not None and len(roots) != args.pipeline_model_parallel_size:
         yield (
             f"--offload-link-roots {','.join(map(str, roots))}: {len(roots)} numbers for "
@@ -219,6 +219,7 @@ _OFFLOAD = (
 )
 _DROPS = "drops other tokens of a sub-sequence than of the whole: leave it out, and none is dropped"
 _NOT_OFFLOADED = "cannot go with --offload-model-chunks: leave one of them out"
+_NOT_OFFLOADED_HERE = "cannot go with --offload-model-chunks on a GPU: leave one of them out"
 _NOT_LATE = "cannot go with --offload-just-in-time-updates: leave one of them out"
 _RECORDS = (
     "records each forward of the model, which with sub-sequences is not that of a micro-batch: "
@@ -277,6 +278,11 @@ def _offloads(name: str) -> Applies:
     return lambda arguments: (
         arguments.settings.offload_chunks > 0 and bool(getattr(arguments.args, name, None))
     )
+
+
+def _offloads_from_gpu(name: str) -> Applies:
+    """Whether model chunks visit a GPU and an argument has a value."""
+    return lambda arguments: _offloads(name)(arguments) and device.has_gpu()
 
 
 def _updates_late(name: str) -> Applies:
@@ -473,6 +479,53 @@ TABLE: tuple[Refusal, ...] = (
         Scope.ALWAYS,
     ),
     Refusal("--nccl-ub", _offloads("nccl_ub"), _NOT_OFFLOADED, Scope.ALWAYS),
+    Refusal(
+        "--ddp-param-name-patterns-for-fp32-local-accumulation",
+        _offloads("ddp_param_name_patterns_for_fp32_local_accumulation"),
+        f"{_NOT_OFFLOADED}: its gradients are outside of the flat buffers",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--fp16",
+        _offloads_from_gpu("fp16"),
+        "cannot go with --offload-model-chunks on a GPU, where no loss is scaled: use --bf16",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--loss-scale",
+        _offloads_from_gpu("loss_scale"),
+        "cannot go with --offload-model-chunks on a GPU: leave it out, --bf16 needs none",
+        Scope.ALWAYS,
+    ),
+    Refusal(
+        "--optimizer",
+        lambda a: _offloads_from_gpu("optimizer")(a) and a.args.optimizer != "adam",
+        lambda a: (
+            f"{a.args.optimizer} does not update model chunks in host memory beside a GPU: use "
+            "adam, or leave --offload-model-chunks out"
+        ),
+        Scope.ALWAYS,
+    ),
+    *(
+        Refusal(flag, _offloads_from_gpu(name), _NOT_OFFLOADED_HERE, Scope.ALWAYS)
+        for flag, name in (
+            ("--use-precision-aware-optimizer", "use_precision_aware_optimizer"),
+            ("--optimizer-cuda-graph", "optimizer_cuda_graph"),
+            ("--ddp-average-in-collective", "ddp_average_in_collective"),
+            ("--async-save", "async_save"),
+            ("--fp8-format", "fp8"),
+            ("--fp4-format", "fp4"),
+        )
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        lambda a: (
+            a.settings.offload_chunks > 0
+            and max(a.args.gtp_weight_remat_size, a.args.expert_gtp_weight_remat_size) > 1
+        ),
+        f"(and that of experts) {_NOT_OFFLOADED}",
+        Scope.ALWAYS,
+    ),
     Refusal(
         "--seq1f1b-schedule",
         _defers_biases,

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterable, Iterator
+from math import ceil, log2
 from pathlib import Path
 
 import psutil
@@ -38,9 +39,10 @@ def shortage(args: argparse.Namespace, settings: Settings) -> str | None:
     except SettingError:
         return None
     ranks = local_ranks(args)
-    slots = settings.offload_chunks if device.installed() else 0
+    slots = 0 if device.has_gpu() else settings.offload_chunks
     stages = [stage_of(args, rank) for rank in ranks]
-    needed, available = host_bytes(setting, stages, num_slots=slots), available_bytes()
+    needed = host_bytes(setting, stages, num_slots=slots, pinned=device.has_gpu())
+    available = available_bytes()
     if needed <= available:
         return None
     return (
@@ -51,23 +53,30 @@ def shortage(args: argparse.Namespace, settings: Settings) -> str | None:
     )
 
 
-def host_bytes(setting: Setting, stages: Iterable[int], *, num_slots: int = 0) -> float:
+def host_bytes(
+    setting: Setting, stages: Iterable[int], *, num_slots: int = 0, pinned: bool = False
+) -> float:
     """Return the bytes that ranks of these ``stages``, one for each, keep in host memory at least.
 
     Weights, gradients and optimizer states in Megatron's precisions, and the float32 gradients that
     the optimizer makes of shorter ones. num_slots: of the device, where it is the host itself.
+    pinned: whether the buffers of weights and gradients are, of which torch makes powers of two.
     Activations, data and programs are left out.
     """
-    return sum(_stage_bytes(setting, stage, num_slots) for stage in stages)
+    return sum(_stage_bytes(setting, stage, num_slots, pinned) for stage in stages)
 
 
-def _stage_bytes(setting: Setting, stage: int, num_slots: int) -> float:
+def _stage_bytes(setting: Setting, stage: int, num_slots: int, pinned: bool) -> float:
     arguments, gradient = setting.arguments, gradient_bytes(setting)
     sizes = static_sizes(setting, stage)
     if gradient < 4 and not arguments.use_precision_aware_optimizer:
         # one for each element of the last optimizer state, which is in float32
         sizes.append(sizes[-1])
     chunks = [chunk_parameters(setting, chunk) for chunk in setting.chunks[stage]]
+    if pinned:
+        parts = [part for chunk in chunks for part in (chunk.dense, chunk.experts) if part]
+        widths = setting.element_bytes, gradient
+        sizes[:2] = [sum(2.0 ** ceil(log2(part * width)) for part in parts) for width in widths]
     largest = max(chunk.dense for chunk in chunks) + max(chunk.experts for chunk in chunks)
     return sum(sizes) + num_slots * largest * (setting.element_bytes + gradient)
 
