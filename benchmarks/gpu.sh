@@ -70,6 +70,10 @@ table benchmarks/one_gpu.py "${sizes[@]}" --output "$results/one_gpu"
 of -- --layers 2 --length 64 --iterations 2 --micro-batches 2 --cuts 2:uniform_comp
 table benchmarks/segments.py ${sizes[@]+"${sizes[@]}"} --output "$results/segments"
 
+# Model chunks in host memory: the same losses and weights, step time, memory, and a trace of copies.
+of --layers 16 --length 4096 -- --layers 8 --length 64 --iterations 3 --micro-batches 2 --rounds 1
+table benchmarks/offload_gpu.py "${sizes[@]}" --traces "$results/traces" --output "$results/offload"
+
 # What the executor costs the host, and whether the device ever waits for it.
 of -- --micro-batches 4 --rounds 1
 table benchmarks/host.py ${sizes[@]+"${sizes[@]}"} --output "$results/host"

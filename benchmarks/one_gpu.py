@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,13 @@ def train(
     splits: int,
     *,
     balance: str = "uniform_comp",
+    flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Training:
-    """Train in ``num_stages`` processes on the device; ``environment`` is added to this one's."""
+    """Train in ``num_stages`` processes on the device.
+
+    flags: more of them. environment: what is added to that of this process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
         precision = "--bf16" if options.dtype == "bfloat16" else ""
@@ -61,7 +65,8 @@ def train(
             f"--log-memory-interval 1 --seq1f1b-splits {splits} "
             f"--seq1f1b-balance-method {balance} --seq1f1b-metrics-file {metrics}"
         )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [*arguments, *flags]
         run = subprocess.run(
             command,
             cwd=ROOT,

@@ -171,6 +171,18 @@ def test_segments(tmp_path):
     assert all(row["reserved_mib"] >= row["allocated_mib"] > 0 for row in rows)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_offload_gpu(tmp_path):
+    sizes = ("--layers", 8, "--length", 64, "--iterations", 3, "--micro-batches", 2, "--rounds", 1)
+    rows = rows_of(tmp_path, "offload_gpu.py", *sizes, "--traces", tmp_path / "traces")
+    assert [row["loads"] for row in rows] == [[0, 0], [4, 4], [6, 6], [6, 6], [6, 6]]
+    assert len({(row["weights"], *row["losses"]) for row in rows}) == 1
+    assert all(len(set(row["losses"])) == 3 and min(row["peak_mib"]) > 0 for row in rows)
+    assert "weights are the same bit for bit" in (tmp_path / "result.md").read_text()
+    assert [file.name for file in (tmp_path / "traces").iterdir()] == ["offload-rank-0.json.gz"]
+
+
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs a core for the neighbour")
 def test_neighbour(tmp_path):
     sizes = ("--hidden-size", 32, "--length", 64, "--rounds", 1, "--repeats", 1)

@@ -219,6 +219,6 @@ def test_a_machine_without_a_network(tmp_path: Path, cluster_python: Path) -> No
     assert done.returncode == 0, done.stderr[-3000:]
     tables = {file.stem for file in (tmp_path / "results").glob("*.md")}
     assert tables == {
-        *("attention", "attention-grouped", "layer", "replay-64", "one_gpu", "segments"),
+        *("attention", "attention-grouped", "layer", "replay-64", "one_gpu", "offload", "segments"),
         *("host", "waiting"),
     }
