@@ -102,3 +102,10 @@ def test_random_numbers_and_a_distributed_optimizer_go_on(tmp_path):
     whole = losses(train(tmp_path, 4, *flags, "--save", tmp_path, "--save-interval", 3))
     resumed = losses(train(tmp_path, 4, *flags, "--load", go_back(tmp_path, 3)))
     assert resumed == {k: pytest.approx(whole[k], rel=1e-6) for k in (4, 5, 6)}
+
+
+def test_a_distributed_optimizer_resumes_from_the_format_of_files_for_each_rank(tmp_path):
+    flags = (*LONGER, "--use-distributed-optimizer", "--ckpt-format", "torch", STAGES, 2)
+    saved = train(tmp_path, 2, *flags, "--save", tmp_path, "--save-interval", 3)
+    resumed = train(tmp_path, 2, *flags, "--load", go_back(tmp_path, 3))
+    assert losses(resumed) == {k: losses(saved)[k] for k in (4, 5, 6)}

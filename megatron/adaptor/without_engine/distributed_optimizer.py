@@ -49,6 +49,7 @@ def load_state_dict(original: Callable[..., Any], optimizer: Any, state_dict: An
     return result
 
 
+@torch.no_grad()
 def set_states(
     original: Callable[..., Any], optimizer: Any, model_param: Any, tensors: dict[str, Any]
 ) -> Any:
