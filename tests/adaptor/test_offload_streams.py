@@ -1,4 +1,4 @@
-"""Copies beside computations of a GPU: what waits for what, and whose gradients go where."""
+"""Copies beside computations of a GPU: their order, and where gradients end up."""
 
 from collections.abc import Callable
 from functools import partial

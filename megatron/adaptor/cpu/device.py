@@ -57,7 +57,7 @@ def installed() -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether there is a CUDA device, and not something that stands for it."""
+    """Whether there is a CUDA device, rather than the CPU that ``install`` puts in its place."""
     return torch.cuda.is_available() and not _installed
 
 

@@ -1,8 +1,8 @@
-"""Homes of model chunks in pinned host memory, and what Megatron does with them, beside a GPU.
+"""Homes of model chunks in pinned host memory, on a machine with a GPU.
 
-Megatron takes it that weights, gradients and optimizer states are on the GPU: it asks for small
-tensors beside them there, looks at names of types, and has kernels and NCCL for GPUs only. All that
-it does between steps is done on the CPU here, by torch and gloo. Without a GPU nothing is replaced.
+Megatron assumes that weights, gradients and optimizer states are on the GPU: it makes small tensors
+for them there, compares names of types, and has kernels and NCCL for GPUs only. All that it does
+between steps runs on the CPU instead, by torch and gloo. Without a GPU nothing is replaced.
 """
 
 import argparse
@@ -59,7 +59,7 @@ BACKENDS = "cpu:gloo,cuda:nccl"
 
 
 class OnHost(TorchFunctionMode):
-    """What is asked of the GPU is answered by the CPU, whose tensors have names of the GPU's.
+    """Makes tensors on the CPU where the GPU is asked for, with the GPU's names of types.
 
     pinned: whether zeros are in pinned memory.
     """
@@ -88,7 +88,7 @@ class OnHost(TorchFunctionMode):
 
 
 class Homes:
-    """What is replaced in Megatron while model chunks are offloaded beside a GPU.
+    """The replacements in Megatron while model chunks are offloaded from a GPU.
 
     settings: returns what the flags mean, once they are known.
     """
@@ -97,7 +97,7 @@ class Homes:
         self._settings = settings
 
     def prepare(self, args: argparse.Namespace) -> None:
-        """Turn from kernels of the GPU to torch's, and have gloo for tensors on the CPU.
+        """Replace kernels of the GPU with torch's, and add gloo for tensors on the CPU.
 
         Before Megatron makes process groups; ``args`` are its validated arguments.
         """
@@ -137,7 +137,7 @@ class Homes:
             original(buffer, *args, **kwargs)
 
     def on_host(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Work on tensors of the CPU as on those of the GPU."""
+        """Run ``original`` on tensors of the CPU as if they were on the GPU."""
         if not self._are_used():
             return original(*args, **kwargs)
         with OnHost():
@@ -146,7 +146,7 @@ class Homes:
     def scale_gradients(
         self, original: Callable[..., None], buffer: Any, scaling_factor: Any
     ) -> None:
-        """Take the factor from the GPU, where tokens are counted, to the gradients."""
+        """Move the factor from the GPU, where tokens are counted, to the gradients."""
         if isinstance(scaling_factor, Tensor):
             scaling_factor = scaling_factor.to(buffer.grad_data.device)
         original(buffer, scaling_factor)

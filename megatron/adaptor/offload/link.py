@@ -1,4 +1,4 @@
-"""What copies model chunks between host memory and the device: streams of a GPU, or the host.
+"""Links that copy model chunks between host memory and the device: on a GPU's streams, or the host.
 
 On a machine without a GPU both are memory of the host, and a copy takes next to nothing. A paced
 link makes it take as long as on a bus of a given bandwidth, beside the computations, so that
@@ -24,7 +24,7 @@ from megatron.adaptor.cpu import device
 Copy = Callable[[], None]
 """Copies when it is called."""
 Wait = Callable[[], None]
-"""Lets what is computed or copied from now on come after a copy, and raises what that raised."""
+"""Orders later computations and copies after a copy, and raises its error."""
 
 
 class Direction(StrEnum):
@@ -40,9 +40,9 @@ class Link(Protocol):
     def start(
         self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
     ) -> Wait:
-        """Have ``copy`` made after the copies of ``after``, and return what waits for it.
+        """Queue ``copy`` behind the copies of ``after`` and all computations so far.
 
-        It comes after all that was computed before, too.
+        Calling the result waits for it.
         """
         ...
 
