@@ -39,7 +39,7 @@ class ActivationMeter:
 
     @contextmanager
     def measuring(self, constants: Iterable[Tensor]) -> Iterator[None]:
-        """Measure what runs inside, from a peak of 0."""
+        """Measure what runs inside, from a peak of 0; what is alive already does not count."""
         self.peak_bytes = 0
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -47,6 +47,7 @@ class ActivationMeter:
             yield
             self.peak_bytes = torch.cuda.max_memory_allocated() - self._at_rest
             return
+        self._at_rest = self.live_bytes
         self._constants = frozenset(_identity(constant) for constant in constants)
         self._carries.on_take = self._update_peak
         self._weight_gradients.on_defer = self._update_peak
@@ -79,7 +80,8 @@ class ActivationMeter:
             self.live_bytes += held.num_bytes
             self._update_peak()
         held.num_holders += 1
-        return _Saved(self, tensor, identity)
+        # An output that its own node keeps would keep the graph, if no backward runs.
+        return _Saved(self, tensor.detach(), identity)
 
     def _drop(self, identity: int) -> None:
         held = self._held[identity]
@@ -90,7 +92,7 @@ class ActivationMeter:
 
     def _update_peak(self) -> None:
         elsewhere = self._carries.bytes_in_use + self._weight_gradients.bytes_in_use
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + elsewhere)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes - self._at_rest + elsewhere)
 
 
 @dataclass

@@ -28,6 +28,19 @@ def test_each_storage_counts_once_and_parameters_do_not():
     assert meter.peak_bytes == 3 * MIB
 
 
+def test_graphs_without_a_backward_are_freed_and_count_in_their_own_step_only():
+    x = torch.randn(MIB // 4, requires_grad=True)
+    meter = ActivationMeter(CarryPool(), WeightGradients())
+    with meter.measuring([]):
+        y = x.exp()  # saves its result
+    with meter.measuring([]):
+        z = y.tanh()
+    assert (meter.live_bytes, meter.peak_bytes) == (2 * MIB, MIB)
+    del y, z
+    gc.collect()
+    assert meter.live_bytes == 0
+
+
 def test_the_carry_counts_too():
     pool = CarryPool()
     meter = ActivationMeter(pool, WeightGradients())

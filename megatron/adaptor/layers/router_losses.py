@@ -271,13 +271,13 @@ class _LinearInProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, probs: Tensor, value: Tensor, slope: Callable[[], Tensor]) -> Tensor:
-        ctx.like, ctx.slope = probs, slope
+        ctx.shape, ctx.dtype, ctx.slope = probs.shape, probs.dtype, slope
         return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        slope = (grad_output * ctx.slope()).to(ctx.like.dtype)
-        return slope.expand_as(ctx.like), None, None
+        slope = (grad_output * ctx.slope()).to(ctx.dtype)
+        return slope.expand(ctx.shape), None, None
 
 
 class _Valued(torch.autograd.Function):
