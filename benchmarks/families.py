@@ -28,6 +28,7 @@ import torch.distributed as dist
 from gpt import Trainer, about_model, add_model_arguments, be_a_stage, make_batch, make_chunks
 from report import show, table
 from torch_pipelining import SCHEDULES, TorchTrainer
+from turns import in_turn
 
 from seq1f1b.schedule import Schedule, interleaved, lower
 from seq1f1b.simulate import Costs, Link, simulate
@@ -145,12 +146,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     } | {name: trainer.step for name, trainer in of_torch.items()}
     names = list(steps)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for round_number in range(options.rounds + 1):
-        first = round_number % len(names)
-        for name in (*names[first:], *names[:first]):
-            figures = steps[name]()
-            if round_number:  # the first round warms caches and allocators up
-                runs[name].append(figures)
+    for round_number, name in in_turn(names, options.rounds + 1):
+        figures = steps[name]()
+        if round_number:  # the first round warms caches and allocators up
+            runs[name].append(figures)
     median = {n: statistics.median(run["seconds"] for run in done) for n, done in runs.items()}
     check_losses(runs)
     simulated = {c.name: replay(c, trainers[c.num_chunks], runs, link_seconds) for c in FIELD}

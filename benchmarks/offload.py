@@ -25,6 +25,7 @@ session = megatron.adaptor.install()
 import torch.distributed as dist
 from gpt import TINY, Trainer, about_model, add_model_arguments, be_a_stage, make_batch
 from report import show, table
+from turns import in_turn
 
 from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.schedule import Schedule, num_loads
@@ -135,10 +136,8 @@ class Bench:
     def measure(self) -> list[dict[str, Any]]:
         """Alternate all contenders and return a row for each."""
         runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in FIELD}
-        for round_number in range(self.options.rounds):
-            first = round_number % len(FIELD)
-            for contender in (*FIELD[first:], *FIELD[:first]):
-                runs[contender.name].append(self.step(contender))
+        for _, contender in in_turn(FIELD, self.options.rounds):
+            runs[contender.name].append(self.step(contender))
         losses = {run["loss"] for each in runs.values() for run in each}
         assert len(losses) == 1, f"the same micro-batches have losses {sorted(losses)}"
         busy = [run["busy"] for run in runs[FIELD[0].name]]

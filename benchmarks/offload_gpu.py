@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from one_gpu import about_training, add_training_arguments, train
 from report import show, table
+from turns import in_turn
 
 PEAK = re.compile(r"\[Rank (\d+)\] .* max allocated: ([\d.]+)")
 HEADER = "| chunks on the device | s/step | tokens/s | peak MiB by stage | loads by stage |"
@@ -105,10 +106,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Alternate all contenders and return a row for each."""
     field = contenders(options)
     names, runs = list(field), {name: list[dict[str, Any]]() for name in field}
-    for number in range(options.rounds):
-        first = number % len(names)
-        for name in (*names[first:], *names[:first]):
-            runs[name].append(run(options, field[name]))
+    for _, name in in_turn(names, options.rounds):
+        runs[name].append(run(options, field[name]))
     resident, *offloaded = (runs[name][0] for name in names)
     rows = []
     for name in names:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from gpt import Trainer, about_model, add_model_arguments, be_a_rank, make_batch
 from megatron.core import parallel_state, tensor_parallel
 from report import show, table
+from turns import in_turn
 
 from seq1f1b.planner.cuts import fastest_cut
 from seq1f1b.planner.gpu import THIS_MACHINE, gpu
@@ -182,12 +183,10 @@ class Field:
 def rank(field: Field, cases: tuple[Case, ...], rounds: int) -> list[dict[str, Any]]:
     """Run cases in turn; return a row for each, the first of the planner's order first."""
     found: dict[Case, list[float]] = {case: [] for case in cases}
-    for number in range(rounds + 1):
-        first = number % len(cases)
-        for case in (*cases[first:], *cases[:first]):
-            length = field.measured(case)
-            if number:
-                found[case].append(length)
+    for number, case in in_turn(cases, rounds + 1):
+        length = field.measured(case)
+        if number:
+            found[case].append(length)
     rows = [
         {
             "case": str(case),

@@ -23,6 +23,7 @@ session = megatron.adaptor.install()
 import torch.distributed as dist
 from gpt import TINY, Trainer, about_model, add_model_arguments, be_a_stage, make_batch
 from report import show, table
+from turns import in_turn
 
 from megatron.adaptor.command_line.settings import Settings
 from seq1f1b.sequence import imbalance
@@ -68,12 +69,10 @@ def measure(trainer: Trainer, num_micro_batches: int) -> list[dict[str, Any]]:
     """Alternate all contenders and return a row for each."""
     field = contenders(trainer.options.splits, trainer.options.multiples)
     runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in field}
-    for round_number in range(trainer.options.rounds + 1):
-        first = round_number % len(field)
-        for contender in (*field[first:], *field[:first]):
-            figures = trainer.step(contender.settings(trainer), num_micro_batches)
-            if round_number:  # the first round warms caches and allocators up
-                runs[contender.name].append(figures)
+    for round_number, contender in in_turn(field, trainer.options.rounds + 1):
+        figures = trainer.step(contender.settings(trainer), num_micro_batches)
+        if round_number:  # the first round warms caches and allocators up
+            runs[contender.name].append(figures)
     median = {
         name: statistics.median(run["seconds"] for run in done) for name, done in runs.items()
     }
