@@ -1,4 +1,4 @@
-"""Streams of a GPU that is not there, which tell of accesses to memory that nothing orders."""
+"""Simulated GPU streams that report unordered accesses to the same memory."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,10 @@ class RaceError(AssertionError):
 
 
 class Stream:
-    """A queue of operations, and what comes before the next of them; an event is a clock."""
+    """A queue of operations with a vector clock: what happens before the next operation.
+
+    An event is a copy of that clock.
+    """
 
     def __init__(self, number: int, host: "Stream | None") -> None:
         self.number, self.host = number, host
