@@ -227,7 +227,7 @@ def _pass(tests: str, mutant: Mutant | None = None) -> bool:
             file = copy / mutant.file
             file.write_text(file.read_text().replace(mutant.text, mutant.becomes))
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", *shlex.split(tests)],
+            [sys.executable, "-m", "pytest", "--all", "-q", "-x", *shlex.split(tests)],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,

@@ -1,24 +1,35 @@
 """Programs that tests run in a process of their own, since the adaptor changes torch for good."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
+from argparse import Namespace
 from typing import Any
+
+from tests.forks import python
 
 _MARK = "ANSWER"
 
 
 def ask(program: str, question: Any, **environ: str) -> Any:
     """Return what ``program`` prints as JSON behind ANSWER when it reads ``question`` as JSON."""
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environ},
-        check=False,
-    )
+    run = python("-c", program, text=json.dumps(question), environ=environ)
     assert run.returncode == 0, run.stderr[-4000:]
     found = next(line for line in run.stdout.splitlines() if line.startswith(_MARK))
     return json.loads(found.removeprefix(_MARK))
+
+
+def parse_args() -> Namespace:
+    """Parse sys.argv as Megatron does, which reads the sources of its flags' help each time."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import parse_args
+
+    _read_help_once(ArgumentGroupFactory)
+    return parse_args()
+
+
+@functools.cache
+def _read_help_once(factory: Any) -> None:
+    read = functools.cache(
+        functools.partial(factory._get_field_docstrings, object.__new__(factory))
+    )
+    factory._get_field_docstrings = lambda self, config: read(config)

@@ -7,14 +7,14 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from seq1f1b.processes import end_with_parent
+from tests.forks import FORKS, end_with_runner
 
 
 class WorkerError(AssertionError):
@@ -26,7 +26,7 @@ class WorkerPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._processes: list[mp.Process] = []
+        self._processes: list[BaseProcess] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """Call ``function(*args)`` on every rank and return their results in rank order.
@@ -66,12 +66,11 @@ class WorkerPool:
     def _start(self) -> None:
         if self._processes:
             return
-        context = mp.get_context("spawn")
-        self._outbox = context.Queue()
-        self._inboxes = [context.Queue() for _ in range(self.size)]
+        self._outbox = FORKS.Queue()
+        self._inboxes = [FORKS.Queue() for _ in range(self.size)]
         store = Path(tempfile.mkdtemp()) / "store"
         self._processes = [
-            context.Process(
+            FORKS.Process(
                 target=_serve,
                 args=(rank, self.size, str(store), inbox, self._outbox),
                 daemon=True,
@@ -83,7 +82,7 @@ class WorkerPool:
 
 
 def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
-    end_with_parent()
+    end_with_runner()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(

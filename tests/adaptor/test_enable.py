@@ -1,20 +1,14 @@
 """Which arguments and modules ``enable`` accepts, and the errors when no step runs under it."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.forks import python
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(program):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    return python("-c", program, cwd=ROOT)
 
 
 def test_impossible_values_are_all_named():

@@ -1,13 +1,11 @@
 import json
-import os
-import subprocess
-import sys
 from argparse import ArgumentParser, Namespace
 
 import pytest
 
 from megatron.adaptor.cpu import device as cpu_device
 from megatron.adaptor.without_engine import fallbacks
+from tests.forks import python
 
 PLAIN = Namespace(
     transformer_impl="local",
@@ -110,9 +108,7 @@ MORE = "--max-position-embeddings 8 --micro-batch-size 1 --train-iters 1 --mock-
 
 
 def parsed_by_megatron(*flags: str) -> tuple[dict[str, object], str | None]:
-    command = [sys.executable, "-c", MEGATRON, *(SIZES + MORE).split(), *flags]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    result = python("-c", MEGATRON, *(SIZES + MORE).split(), *flags)
     assert result.returncode == 0, result.stderr
     return tuple(json.loads(result.stdout.splitlines()[-1]))
 

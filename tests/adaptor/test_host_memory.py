@@ -19,7 +19,8 @@ install()
 import torch
 from megatron.adaptor.cpu import device
 from megatron.adaptor.offload import host_memory
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from tests.programs import parse_args
 files, cases = json.loads(sys.stdin.read())
 left = [list(host_memory.left_in_groups(*map(Path, pair))) for pair in files]
 answers = []

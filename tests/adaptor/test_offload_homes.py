@@ -17,7 +17,8 @@ from megatron.adaptor.cpu import device
 from megatron.adaptor.offload import homes, host_memory
 from megatron.core import utils
 from megatron.training import dist_signal_handler
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from tests.programs import parse_args
 kernel = object()
 for attribute in homes._WITHOUT_KERNELS:
     type(attribute)(attribute.target, kernel, attribute.reason).apply()

@@ -13,7 +13,8 @@ _PROGRAM = """
 import json, os, sys
 from megatron.adaptor import install
 install()
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from tests.programs import parse_args
 answers = []
 for words, gpus in json.loads(sys.stdin.read()):
     os.environ["WORLD_SIZE"] = str(gpus)

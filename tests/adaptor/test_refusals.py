@@ -15,7 +15,8 @@ from megatron.adaptor import install
 install()
 from megatron.adaptor.command_line import refusals
 from megatron.adaptor.cpu import device
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from tests.programs import parse_args
 refusals.refuse = lambda faults, rank: None
 table = refusals.TABLE
 answers = []

@@ -11,7 +11,8 @@ from megatron.adaptor import install
 install()
 from megatron.adaptor.command_line.refusals import settings_from
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from tests.programs import parse_args
 answers = {}
 for name, (flags, values) in json.loads(sys.stdin.read()).items():
     sys.argv = ["script", *flags.split()]

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.adaptor.reports.metrics import IterationMetrics
 from megatron.adaptor.reports.writers import scalars
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks
 
 ENTRY = IterationMetrics(7, 4.5, 10.0, 100.0, 150.0, [2**20, 2**21], [0, 2**19], [0.5, 0.25])
 NAMES = [
@@ -42,7 +42,7 @@ def test_a_training_run_fills_them(tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", "offline")
         flags += ["--wandb-project", "seq1f1b", "--wandb-exp-name", "test"]
         flags += ["--wandb-save-dir", tmp_path / "wandb"]
-    run = torchrun(
+    run = run_ranks(
         2,
         *("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS, *flags),
         *("--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 2),

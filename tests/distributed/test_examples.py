@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.training_runs import torchrun
+from tests.distributed.training_runs import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_without_megatron():
     losses = {}
     for splits in (1, 3):
-        run = torchrun(2, EXAMPLES / "without_megatron.py", "--splits", splits, "--steps", 8)
+        run = run_ranks(2, EXAMPLES / "without_megatron.py", "--splits", splits, "--steps", 8)
         assert run.returncode == 0, run.stderr[-4000:]
         losses[splits] = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", run.stdout)]
     assert len(losses[1]) == 8

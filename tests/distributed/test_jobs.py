@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from seq1f1b.processes import end_with_parent
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -108,12 +108,12 @@ def test_a_job_is_started_again(tmp_path):
     folders = ("--save", tmp_path, "--load", tmp_path)
     flags = (*ARGUMENTS, "--ckpt-format", "torch_dist", "--save-interval", 4, *folders)
     command = ("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *flags)
-    assert torchrun(1, *command).returncode == 0
-    again = torchrun(1, *command)
+    assert run_ranks(1, *command).returncode == 0
+    again = run_ranks(1, *command)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "is of iteration 4 and --train-iters is 4: there is nothing left" in again.stdout
     (tmp_path / TRACKER).write_text("")
-    empty = torchrun(1, *command)
+    empty = run_ranks(1, *command)
     assert empty.returncode != 0
     assert f"{TRACKER} is empty" in empty.stderr
     assert "iter_0000004: write 4 into the file" in empty.stderr
@@ -153,7 +153,7 @@ def test_a_disk_that_becomes_full_is_named(disk):
 
 def save_on(folder: Path, num_ranks: int) -> subprocess.CompletedProcess[str]:
     flags = ("--ckpt-format", "torch_dist", "--save-interval", 1, "--train-iters", 20)
-    return torchrun(
+    return run_ranks(
         num_ranks,
         *("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS, *flags),
         *("--pipeline-model-parallel-size", num_ranks, "--save", folder),

@@ -28,7 +28,8 @@ import contextlib, io, json, os, sys
 from megatron.adaptor import install
 install()
 from megatron.adaptor.command_line.refusals import settings_from
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
+from tests.programs import parse_args
 def refusal(ranks, argv):
     sys.argv = ["script", *argv]
     os.environ["WORLD_SIZE"] = str(ranks)

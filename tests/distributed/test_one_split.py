@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks
 from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -32,7 +32,7 @@ def records(monkeypatch, folder, flags, *others, device_only=False):
     files = [folder / f"rank_{rank}.json" for rank in range(2)]
     for file in files:
         file.unlink(missing_ok=True)
-    run = torchrun(2, SCRIPTS / "recorded_gpt.py", *ARGUMENTS, *_LOCAL, *flags, *others)
+    run = run_ranks(2, SCRIPTS / "recorded_gpt.py", *ARGUMENTS, *_LOCAL, *flags, *others)
     assert run.returncode == 0, run.stderr[-4000:]
     return [json.loads(file.read_text()) for file in files]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.training_runs import ARGUMENTS, SCRIPTS
+from tests.forks import python
 from tests.planner.described import describe_this_machine
 
 ROOT = Path(__file__).parents[2]
@@ -53,17 +54,11 @@ def test_the_script_of_a_plan_runs_as_it_is(tmp_path):
 @pytest.mark.timeout(300)
 def test_training_starts_with_a_warning_and_its_own_memory(tmp_path):
     flags = shlex.split("--pipeline-model-parallel-size 2 --seq1f1b-splits 2 --vocab-size 8000")
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py"),
-            *(*ARGUMENTS, *flags),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    run = python(
+        *("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS, *flags),
+        num_ranks=2,
+        environ=environment(tmp_path),
         cwd=SCRIPTS,
-        env=environment(tmp_path),
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert "makes the last stage" in run.stdout

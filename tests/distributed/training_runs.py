@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from seq1f1b.processes import end_with_parent
+from tests.forks import python
 
 SCRIPTS = Path(__file__).parent / "scripts"
 ARGUMENTS = shlex.split(
@@ -33,11 +34,16 @@ def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[
     )
 
 
+def run_ranks(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script as torchrun does, but in forks of a process that has imported torch."""
+    return python(*arguments, num_ranks=num_ranks, cwd=SCRIPTS)
+
+
 def train(tmp_path: Path, num_ranks: int, *flags: object) -> list[dict]:
     """Run plain_gpt.py and return what each iteration logged."""
     file = tmp_path / "metrics.jsonl"
     file.unlink(missing_ok=True)
-    run = torchrun(
+    run = run_ranks(
         num_ranks,
         *("-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS, *flags),
         *("--seq1f1b-metrics-file", file),

@@ -2,13 +2,12 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from seq1f1b.cli import app
+from tests.forks import python
 
 SETTING = shlex.split(
     "--num-layers 16 --hidden-size 1024 --num-attention-heads 8 --seq-length 16384 "
@@ -112,12 +111,11 @@ def test_help_lists_megatrons_options():
 
 
 def test_megatrons_own_estimate_stands_beside_it():
-    command = [sys.executable, "-m", "seq1f1b.cli", "memory", *SETTING, "--json", "--megatron"]
+    command = ("-m", "seq1f1b.cli", "memory", *SETTING, "--json", "--megatron")
     estimates = []
     for schedule in ("1f1b", "seq1f1b"):  # whose sub-sequences Megatron's formulas do not know
-        done = subprocess.run(
-            [*command, "--schedule", schedule], capture_output=True, text=True, check=True
-        )
+        done = python(*command, "--schedule", schedule)
+        assert done.returncode == 0, done.stderr[-2000:]
         estimates.append(json.loads(done.stdout)["megatron_gib"])
     assert estimates[0] == estimates[1]
     estimate = estimates[0]

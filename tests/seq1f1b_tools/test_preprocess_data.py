@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from megatron.training.arguments import _add_tokenizer_args
 
 from seq1f1b_tools.preprocessing.indexed import EncodedDocuments, IndexedWriter, token_dtype
 from seq1f1b_tools.preprocessing.sentences import sentence_splitter
+from tests.forks import python
 from tests.seq1f1b_tools.preprocess_runs import (
     ROWS,
     TOOLS,
@@ -163,9 +163,7 @@ def test_a_tokenizer_of_megatrons_own(tmp_path):
         f"import sys; sys.path.insert(0, {str(TOOLS)!r}); from preprocess_data import main; "
         f"sys.exit(10 * main({[*flags, str(good)]}) + main({[*flags, str(bad)]}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = python("-c", code)
     assert done.returncode == 1
     assert f"between {bad}:1 and {bad}:2 cannot be tokenized: ValueError" in done.stderr
     dataset = IndexedDataset(str(tmp_path / "out/x_text_document"))

@@ -1,8 +1,6 @@
 """The check finds faults that are planted, and passes what is right."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 from unittest import mock
 
@@ -24,6 +22,7 @@ from seq1f1b.ulysses.check.run import check_rank
 from seq1f1b.ulysses.mends import convolution
 from seq1f1b.ulysses.rows import Pattern, Rows
 from seq1f1b.ulysses.run import Run
+from tests.forks import python
 from tests.ulysses.families import FAMILIES
 
 CONFIGS = (
@@ -121,12 +120,7 @@ def test_the_command_prints_every_gradient(tmp_path):
 
 @pytest.mark.distributed
 def test_the_command_says_why_a_model_is_refused():
-    run = subprocess.run(
-        [sys.executable, "-m", "seq1f1b.cli", "ulysses", "check", "bloom"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = python("-m", "seq1f1b.cli", "ulysses", "check", "bloom")
     assert run.returncode == 2
     assert "refused: BloomForCausalLM cannot be dispatched: BloomAttention mixes" in run.stderr
 

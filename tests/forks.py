@@ -1,0 +1,172 @@
+"""Processes that begin with torch imported: forks of a server that has done it once.
+
+They import Megatron, the project and the script themselves, as a new interpreter would. What it
+takes to import torch, twice the rest, is spent once for all tests.
+"""
+
+import atexit
+import contextlib
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing import context, get_context, parent_process, set_start_method
+from multiprocessing.connection import wait
+from pathlib import Path
+
+FORKS: context.ForkServerContext = get_context("forkserver")
+# Those that cannot be imported are left out.
+FORKS.set_forkserver_preload(
+    [
+        "pytest",
+        "torch",
+        "torch._inductor.compile_fx",
+        "torch.distributed.checkpoint",
+        "torch.distributed.run",
+        "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+        "transformers.modeling_utils",
+    ]
+)
+
+
+def end_with_runner() -> None:
+    """Kill this fork when the process that asked for it ends; the server lives as long as forks."""
+    parent = parent_process()
+    assert parent is not None, "not a fork"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def python(
+    *arguments: object,
+    num_ranks: int | None = None,
+    text: str = "",
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 300.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python *arguments`` in forks, with ``text`` as its input; return what it printed.
+
+    num_ranks: as many processes, with torchrun's variables, of which the first that fails ends the
+    others. None: one process without.
+    """
+    words = [str(word) for word in arguments]
+    ranks = [{}] if num_ranks is None else _places(num_ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, name) for name in ("stdin", "stdout", "stderr")}
+        files["stdin"].write_text(text)
+        variables = {**os.environ, **(environ or {})}
+        processes = [
+            FORKS.Process(
+                target=_run, args=(words, variables | place, cwd or Path.cwd(), files), daemon=False
+            )
+            for place in ranks
+        ]
+        try:
+            for process in processes:
+                process.start()
+            code = _await(processes, words, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        printed = {name: _text(files[name]) for name in ("stdout", "stderr")}
+    return subprocess.CompletedProcess([sys.executable, *words], code, **printed)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
+
+
+def _places(num_ranks: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun sets for each of the ranks on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    return [
+        {**job, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)
+    ]
+
+
+def _await(processes: Sequence[context.ForkServerProcess], words: list[str], timeout: float) -> int:
+    """Return 0 when all have ended with it, else the first other exit code."""
+    deadline = time.monotonic() + timeout
+    running = {process.sentinel: process for process in processes}
+    while running:
+        ended = wait(list(running), max(0.0, deadline - time.monotonic()))
+        if not ended:
+            raise subprocess.TimeoutExpired([sys.executable, *words], timeout)
+        for sentinel in ended:
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                return process.exitcode
+    return 0
+
+
+def _run(
+    words: list[str], variables: Mapping[str, str], cwd: Path, files: Mapping[str, Path]
+) -> None:
+    """Be ``python *words``."""
+    end_with_runner()
+    set_start_method(None, force=True)  # that of a new interpreter
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
+    os.chdir(cwd)
+    _redirect(0, os.open(files["stdin"], os.O_RDONLY))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        _redirect(number, os.open(files[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT))
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, closefd=False)  # noqa: SIM115
+        for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+    )
+    code = 0
+    try:
+        _run_as_main(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _redirect(number: int, other: int) -> None:
+    os.dup2(other, number)
+    os.close(other)
+
+
+def _run_as_main(words: list[str]) -> None:
+    first, *others = words
+    if first == "-c":
+        sys.argv = ["-c", *others[1:]]
+        sys.path.insert(0, "")
+        exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = others
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(first).resolve().parent))
+        runpy.run_path(first, run_name="__main__")
