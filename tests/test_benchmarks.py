@@ -8,19 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.training_runs import torchrun
+from tests.forks import python
 from tests.programs import ask
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_script(script, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python(ROOT / "benchmarks" / script, *arguments)
 
 
 def draw(table, folder):
@@ -78,7 +73,7 @@ def test_alst(tmp_path):
 
 
 def in_two_stages(script, *arguments):
-    return torchrun(2, ROOT / "benchmarks" / script, *arguments)
+    return python(ROOT / "benchmarks" / script, *arguments, num_ranks=2)
 
 
 @pytest.mark.distributed
@@ -152,6 +147,7 @@ def test_host(tmp_path):
     assert all(0 < row["us_per_action"] < 300 for row in rows)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 def test_stages_on_one_device(tmp_path):
@@ -161,6 +157,7 @@ def test_stages_on_one_device(tmp_path):
     assert 0 < row["first_stage_memory_over_1f1b"] < 1
 
 
+@pytest.mark.long
 def test_segments(tmp_path):
     sizes = ("--layers", 2, "--length", 64, "--iterations", 2, "--micro-batches", 2)
     rows = rows_of(tmp_path, "segments.py", "--cuts", "2:uniform_comp", *sizes)
@@ -183,6 +180,7 @@ def test_offload_gpu(tmp_path):
     assert [file.name for file in (tmp_path / "traces").iterdir()] == ["offload-rank-0.json.gz"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs a core for the neighbour")
 def test_neighbour(tmp_path):
     sizes = ("--hidden-size", 32, "--length", 64, "--rounds", 1, "--repeats", 1)

@@ -251,10 +251,13 @@ def losses(*command: str) -> list[float]:
 @pytest.mark.parametrize(
     "script",
     [
-        ["pretrain_gpt.py"],
-        ["-m", "megatron.adaptor", "tests/distributed/scripts/plain_gpt.py"],
+        pytest.param(["pretrain_gpt.py"], id="our script"),
+        pytest.param(
+            ["-m", "megatron.adaptor", "tests/distributed/scripts/plain_gpt.py"],
+            id="any script",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["our script", "any script"],
 )
 def test_the_same_command_trains_alike_twice(script: list[str]) -> None:
     first = losses(*script)

@@ -13,6 +13,7 @@ from tests.distributed.situations import (
     Situation,
     outcomes,
 )
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -44,7 +45,9 @@ def check(workers, situations: list[Situation]) -> None:
             assert outcome < TOLERANCE, (situation, outcome)
 
 
-@pytest.mark.parametrize("batch", ["plain", "masked prompt", "labels of -100"])
+@pytest.mark.parametrize(
+    "batch", mostly_long(["plain", "masked prompt", "labels of -100"], default=["masked prompt"])
+)
 def test_every_loss(workers, batch):
     check(workers, [Situation(_CASE, loss=loss, batch=batch) for loss in LOSSES])
 
@@ -84,7 +87,12 @@ def test_batches(workers):
     check(workers, situations)
 
 
-@pytest.mark.parametrize("experts", ["aux_loss", "seq_aux_loss", ["aux_loss", "seq_aux_loss"]])
+@pytest.mark.parametrize(
+    "experts",
+    mostly_long(
+        ["aux_loss", "seq_aux_loss", ["aux_loss", "seq_aux_loss"]], default=["seq_aux_loss"]
+    ),
+)
 def test_experts(workers, experts):
     """Padding does not count, even where a sub-sequence holds nothing else."""
     coefficients = {"moe_aux_loss_coeff": [0.5, 0.3]} if isinstance(experts, list) else {}

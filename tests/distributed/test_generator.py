@@ -4,6 +4,7 @@ import pytest
 
 from tests.distributed.generator import DEFAULT_SEED, TOLERANCE, run, situation, written
 from tests.distributed.put_back import PUT_BACK, difference_with
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -46,7 +47,7 @@ def test_sixty_more(workers, first):
     check(workers, range(first, first + 20))
 
 
-@pytest.mark.parametrize("fault", PUT_BACK)
+@pytest.mark.parametrize("fault", mostly_long(PUT_BACK, default=["padding_in_the_z_loss"]))
 def test_a_fault_that_is_put_back_is_found(workers, fault):
     (found,) = workers(1).run(
         difference_with, fault, situation(DEFAULT_SEED, FOUND_BY[fault]), timeout=120

@@ -116,7 +116,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", mostly_long(SCHEDULES, default=["greedy interleaved"]))
+@pytest.mark.parametrize("schedule", mostly_long(SCHEDULES, default=["zb-h1"]))
 def test_recomputation(workers, schedule):
     cases = [
         replace(with_config(family, **config), **SCHEDULES[schedule])

@@ -89,7 +89,7 @@ GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "per token", "beside a gpu"]))
+@pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "beside a gpu"]))
 def test_training_is_bit_for_bit_the_same(workers, name):
     """Slots take what the largest chunk takes, and nothing else is on the device, ever."""
     case, common, ways = GRID[name]

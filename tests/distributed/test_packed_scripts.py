@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.training_runs import torchrun
+from tests.distributed.training_runs import run_ranks
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -29,7 +30,7 @@ BOTH = shlex.split("--pipeline-model-parallel-size 2 --tensor-model-parallel-siz
 
 def losses(tmp_path: Path, *flags: object) -> list[float]:
     file = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-    run = torchrun(4, SCRIPT, *MODEL, *flags, "--seq1f1b-metrics-file", file)
+    run = run_ranks(4, SCRIPT, *MODEL, *flags, "--seq1f1b-metrics-file", file)
     assert run.returncode == 0, run.stderr[-12000:]
     assert "validation loss" in run.stdout
     return [json.loads(line)["lm_loss"] for line in file.read_text().splitlines()]
@@ -81,7 +82,9 @@ def test_middle_stages_without_data(tmp_path):
     assert cut == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("data", ["pretraining", "conversations"])
+@pytest.mark.parametrize(
+    "data", mostly_long(["pretraining", "conversations"], default=["conversations"])
+)
 def test_samples_with_cumulative_lengths(tmp_path, data):
     flags = [*MOCK, "--dataloader-inter-document-masking"]
     if data == "conversations":

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks
+from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
 
@@ -16,7 +17,7 @@ _ROUNDING = {"--fp16": 2**-11, "--bf16": 2**-8}
 
 def logged(*flags: object) -> list[tuple[float, float, int]]:
     """Train and return loss (0 where skipped), loss scale and skipped iterations as logged."""
-    run = torchrun(
+    run = run_ranks(
         2, "-m", "megatron.adaptor", SCRIPTS / "plain_gpt.py", *ARGUMENTS,
         "--pipeline-model-parallel-size", 2, "--train-iters", 6, *flags,
     )  # fmt: skip
@@ -27,7 +28,7 @@ def logged(*flags: object) -> list[tuple[float, float, int]]:
     ]
 
 
-@pytest.mark.parametrize("precision", _ROUNDING)
+@pytest.mark.parametrize("precision", mostly_long(_ROUNDING, default=["--bf16"]))
 def test_losses_differ_by_rounding(precision):
     flags = (precision, "--initial-loss-scale", 2**16)
     whole, cut = (logged(*flags, "--seq1f1b-splits", s) for s in (1, 3))

@@ -32,6 +32,7 @@ def test_tensor_and_pipeline_parallel_losses_are_those_of_one_split(tmp_path):
     assert whole[-1]["lm_loss"] < whole[0]["lm_loss"]
 
 
+@pytest.mark.long
 def test_sequence_and_expert_parallel_losses_are_those_of_one_split(tmp_path):
     flags = shlex.split(
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
@@ -46,7 +47,10 @@ def test_sequence_and_expert_parallel_losses_are_those_of_one_split(tmp_path):
     assert losses[1][-1] < losses[1][0]
 
 
-@pytest.mark.parametrize("kind, virtual", [("zb-h1", ()), ("greedy", (_VIRTUAL, 2))])
+@pytest.mark.parametrize(
+    "kind, virtual",
+    [("zb-h1", ()), pytest.param("greedy", (_VIRTUAL, 2), marks=pytest.mark.long)],
+)
 def test_split_backwards_with_overlapped_reduction(tmp_path, kind, virtual):
     """The batch grows meanwhile: from 2 micro-batches to 4."""
     flags = (

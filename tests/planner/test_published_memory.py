@@ -10,6 +10,8 @@ from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.runtime import runtime
 from tests.planner.published import LIMIT_GIB, MEAN, ODD, PEAK, SCHEDULES, options_of
 
+pytestmark = pytest.mark.long
+
 Cell = tuple[str, int, str]
 
 

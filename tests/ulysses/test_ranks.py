@@ -48,7 +48,11 @@ def test_an_error_comes_as_the_rank_raised_it_with_its_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "how, ending", [("signal", "by signal SIGKILL"), ("0", "with exit code 0")]
+    "how, ending",
+    [
+        ("signal", "by signal SIGKILL"),
+        pytest.param("0", "with exit code 0", marks=pytest.mark.long),
+    ],
 )
 def test_a_rank_that_ends_without_an_answer_is_reported(how: str, ending: str) -> None:
     with pytest.raises(RanksError, match=f"rank 1 ended .*{ending} and without an answer"):

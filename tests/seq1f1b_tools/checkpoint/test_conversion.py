@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from seq1f1b_tools.preprocessing.indexed import EncodedDocuments, IndexedWriter, token_dtype
-from tests.distributed.training_runs import torchrun
+from tests.distributed.training_runs import run_ranks
+from tests.selection import mostly_long
 from tests.seq1f1b_tools.checkpoint.tiny_models import (
     FAMILIES,
     SIZES,
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("name", mostly_long(["qwen3", "deepseek_v3"], default=["deepseek_v3"]))
 def test_a_converted_model_goes_on_training(tmp_path, models, checkpoints, name):
     flags = shlex.split(
         "--ckpt-format torch_dist --pipeline-model-parallel-size 2 --seq1f1b-splits 2 "
@@ -37,7 +38,7 @@ def test_a_converted_model_goes_on_training(tmp_path, models, checkpoints, name)
         "--mock-data --tokenizer-type NullTokenizer --eval-iters 1 --eval-interval 2 "
         "--save-interval 2 --padded-vocab-size 128"
     )
-    run = torchrun(
+    run = run_ranks(
         2,
         *(ROOT / "pretrain_gpt.py", "--load", checkpoints[name], "--finetune"),
         *(*flags_of(checkpoints[name]), *flags, "--save", tmp_path / "saved"),
@@ -79,7 +80,7 @@ def test_a_vocabulary_larger_than_the_tokenizer(tmp_path, tokenizer_folder):
         f"--save {tmp_path / 'saved'} --save-interval 1 --seq1f1b-splits 2 --weight-decay 0 "
         f"--seq1f1b-metrics-file {tmp_path / 'metrics.jsonl'}"
     )
-    run = torchrun(
+    run = run_ranks(
         2,
         *(ROOT / "pretrain_gpt.py", "--load", tmp_path / "megatron", "--finetune"),
         *(*flags_of(tmp_path / "megatron"), *flags),

@@ -32,6 +32,7 @@ def test_logits_are_those_of_hugging_face(workers, models, checkpoints):
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_logits_of_unusual_folders_are_those_of_hugging_face(workers, tmp_path):
     """Whatever transformers makes of a folder: defaults, mixed types, old files beside new ones."""
     folders = {name: tmp_path / str(number) for number, name in enumerate(UNUSUAL)}

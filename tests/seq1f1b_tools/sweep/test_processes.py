@@ -14,6 +14,7 @@ from seq1f1b_tools.sweep.records import (
     Output,
     read_metrics,
 )
+from tests.selection import mostly_long
 from tests.seq1f1b_tools.sweep.bench import (
     AVERAGE,
     BASELINE,
@@ -27,7 +28,10 @@ from tests.seq1f1b_tools.sweep.bench import (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    mostly_long([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], default=[signal.SIGTERM]),
+)
 def test_interrupt_ends_the_run_and_reports_what_is_done(bench, number):
     bench.behave(average="hangs")
     process = start(bench)
@@ -138,7 +142,7 @@ def test_a_killed_sweep_leaves_nothing_that_trains(bench):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("victim", ["sweep", "torchrun"])
+@pytest.mark.parametrize("victim", mostly_long(["sweep", "torchrun"], default=["sweep"]))
 def test_a_kill_leaves_no_rank_that_trains(bench, victim):
     """Under torchrun, whose workers have sessions of their own."""
     pids = report_pids(bench)

@@ -17,6 +17,7 @@ from seq1f1b.ulysses.check.batches import Batch, make_batch
 from seq1f1b.ulysses.check.compare import gradient_errors, group, one_process
 from seq1f1b.ulysses.memory import offload
 from seq1f1b.ulysses.shrink import VOCABULARY
+from tests.selection import mostly_long
 from tests.ulysses.families import FAMILIES
 
 LAYOUTS = ("plain", "packed", "padded")
@@ -55,7 +56,11 @@ def check(results: list[Any]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
-    "name", ["llama, 3 heads", "gemma2", "gpt_oss, auxiliary loss", "deepseek_v3", "granite"]
+    "name",
+    mostly_long(
+        ["llama, 3 heads", "gemma2", "gpt_oss, auxiliary loss", "deepseek_v3", "granite"],
+        default=["llama, 3 heads", "gpt_oss, auxiliary loss"],
+    ),
 )
 def test_options_change_no_value(workers, name, option):
     if name.startswith("gpt_oss") and "mlp_tile" in OPTIONS[option]:
@@ -64,7 +69,13 @@ def test_options_change_no_value(workers, name, option):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["llama, MQA", "llama, 6 heads, 2 of keys", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        ["llama, MQA", "llama, 6 heads, 2 of keys", "gpt_oss"],
+        default=["llama, 6 heads, 2 of keys"],
+    ),
+)
 def test_one_unit_at_a_time_on_four_ranks(workers, name):
     check(workers(4).run(with_options, name, 4, "unit at a time", LAYOUTS)[0])
 
@@ -116,8 +127,10 @@ def test_subsequences_change_no_value(name, count):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", SUBSEQUENCES)
-@pytest.mark.parametrize("size, count", [(2, 4), (4, 3)])
+@pytest.mark.parametrize(
+    "name", mostly_long(SUBSEQUENCES, default=["llama, GQA", "gemma3_text", "deepseek_v3"])
+)
+@pytest.mark.parametrize("size, count", [(2, 4), pytest.param(4, 3, marks=pytest.mark.long)])
 def test_subsequences_on_ranks_change_no_value(workers, name, size, count):
     check(workers(size).run(in_parts, name, size, count, LAYOUTS)[0])
 

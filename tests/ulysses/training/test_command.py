@@ -66,6 +66,7 @@ def run(arguments: list[str], **environ: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.long
 def test_srun_starts_the_tasks(folder):
     made = run(
         [

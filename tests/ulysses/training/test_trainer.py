@@ -90,9 +90,15 @@ def by_plain_torch(settings: Recipe, cache: Path) -> list[float]:
     "ranks, changes",
     [
         (1, {"sequence_parallel_size": 1}),
-        (2, {}),
-        (4, {"training.micro_batch_size": 2, "memory.recompute": "none"}),
-        (4, {"sequence_parallel_size": 4, "memory.loss_tile": 8, "memory.mlp_tile": 8}),
+        pytest.param(2, {}, marks=pytest.mark.long),
+        pytest.param(
+            *(4, {"training.micro_batch_size": 2, "memory.recompute": "none"}),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(4, {"sequence_parallel_size": 4, "memory.loss_tile": 8, "memory.mlp_tile": 8}),
+            marks=pytest.mark.long,
+        ),
         (2, {"memory.subsequences": 3, "memory.unit_at_a_time": True}),
         (2, {"memory.recompute": "offload", "memory.cpu_offload": True}),
     ],
@@ -122,7 +128,10 @@ def test_a_killed_run_goes_on_bit_by_bit(workers, texts, tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("ranks, size", [(1, 1), (2, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    "ranks, size",
+    [(1, 1), *(pytest.param(*other, marks=pytest.mark.long) for other in ((2, 1), (4, 2), (4, 4)))],
+)
 def test_a_run_goes_on_over_other_ranks(workers, texts, tmp_path, ranks, size):
     workers(2).run(run, recipe(texts), tmp_path)
     wanted = losses(tmp_path)
