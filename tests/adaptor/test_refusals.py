@@ -157,6 +157,7 @@ CASES: list[tuple[str, dict[str, object], str]] = [
     (f"{_LATE} --optimizer sgd", {}, "--optimizer sgd does not update chunk by chunk"),
     (_LATE, {"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer cannot go"),
     (_LATE, {"optimizer_cuda_graph": True}, "--optimizer-cuda-graph cannot go with"),
+    (_LATE, {"qk_clip": True}, "--qk-clip cannot go with --offload-just-in-time-updates"),
     (f"{_LATE} --save-params-interval 2", {}, "--save-params-interval cannot go with"),
     ("--offload-link-gb-per-s 8", {}, "--offload-link-gb-per-s goes with --offload-model-chunks"),
     (

@@ -440,6 +440,12 @@ TABLE: tuple[Refusal, ...] = (
         "--optimizer-cuda-graph", _updates_late("optimizer_cuda_graph"), _NOT_LATE, Scope.ALWAYS
     ),
     Refusal(
+        "--qk-clip",
+        _updates_late("qk_clip"),
+        f"{_NOT_LATE}: it changes weights that are not updated yet",
+        Scope.ALWAYS,
+    ),
+    Refusal(
         "--save-params-interval",
         _updates_late("save_params_interval"),
         f"{_NOT_LATE}: it reads weights that are not updated yet",
