@@ -15,11 +15,11 @@ def test_a_copy_takes_its_bytes_over_the_pace_beside_the_caller():
     second = link.start(Direction.IN, 40_000, lambda: done.append("second"))
     back = link.start(Direction.OUT, 50_000, lambda: done.append("back"))
     assert "second" not in done
-    back()
+    back.synchronize()
     assert time.perf_counter() - start >= 0.05
-    first()
+    first.order()
     assert time.perf_counter() - start >= 0.06
-    second()
+    second.order()
     assert time.perf_counter() - start >= 0.1
     assert sorted(done) == ["back", "first", "second"]
     assert done.index("first") < done.index("second")
@@ -28,7 +28,7 @@ def test_a_copy_takes_its_bytes_over_the_pace_beside_the_caller():
 def test_a_copy_waits_for_those_before_it():
     link, done = PacedLink(1e6), []
     out = link.start(Direction.OUT, 50_000, lambda: done.append("out"))
-    link.start(Direction.IN, 1, lambda: done.append("into"), [out])()
+    link.start(Direction.IN, 1, lambda: done.append("into"), [out]).order()
     assert done == ["out", "into"]
 
 
@@ -44,13 +44,14 @@ def test_a_link_is_finished_when_no_copy_is_under_way():
     assert sorted(done) == ["in", "out"]
 
 
+@pytest.mark.parametrize("wait", ["order", "synchronize"])
 @pytest.mark.parametrize("link", [DirectLink(), PacedLink(1e12)])
-def test_what_a_copy_raises_comes_out_where_it_is_waited_for(link):
+def test_what_a_copy_raises_comes_out_where_it_is_waited_for(link, wait):
     def broken() -> None:
         raise OSError("no such memory")
 
     with pytest.raises(OSError, match="no such memory"):
-        link.start(Direction.IN, 1, broken)()
+        getattr(link.start(Direction.IN, 1, broken), wait)()
 
 
 def test_without_a_pace_a_copy_is_made_at_once():
@@ -71,8 +72,8 @@ def order_of(one: PacedLink, other: PacedLink, num_bytes: int) -> list[tuple[flo
             for _ in range(3)
         ]
         time.sleep(0.01)
-    for wait in copies:
-        wait()
+    for copied in copies:
+        copied.synchronize()
     return begun
 
 

@@ -1,14 +1,13 @@
 """Copies beside computations of a GPU: their order, and where gradients end up."""
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron.adaptor.offload.link import CudaLink
+from megatron.adaptor.offload.link import Copied, CudaLink
 from megatron.adaptor.offload.slots import ChunkSlots
 from megatron.adaptor.offload.updates import Updates
 from seq1f1b.schedule import Action, Kind, Schedule, forward_only, interleaved, lower, visiting
@@ -47,15 +46,55 @@ class Chunk(torch.nn.Module):
         return hook
 
 
-class Stage:
-    """Chunks of a stage that train by schedules of one row, beside streams that tell of races."""
+class OnArrival(Updates):
+    """Descends by the gradients of each chunk in a thread of the host, as they arrive."""
 
-    def __init__(self, num_chunks: int, num_slots: int, link: type[CudaLink] = CudaLink) -> None:
+    def __init__(self, streams: Streams) -> None:
+        super().__init__(lambda: None)
+        self._streams, self._thread = streams, streams.Executor()
+        self._done: dict[Any, Any] = {}
+
+    def expect(self, chunk: Any, arrived: Callable[[], None]) -> None:
+        done = self._done[chunk] = self._streams.Future()
+
+        def update() -> None:
+            arrived()
+            descend(chunk)
+            done.set_result(None)
+
+        self._thread.submit(update)
+
+    def settle(self, chunk: Any) -> None:
+        if chunk in self._done:
+            self._done.pop(chunk).result()
+
+
+def descend(chunk: Any) -> None:
+    for buffer in chunk.buffers:
+        buffer.param_data.sub_(buffer.grad_data, alpha=0.1)
+
+
+class Stage:
+    """Chunks of a stage that train by schedules of one row, beside streams that tell of races.
+
+    on_arrival: whether chunks are updated as their gradients arrive, not after the step.
+    """
+
+    def __init__(
+        self,
+        num_chunks: int,
+        num_slots: int,
+        link: type[CudaLink] = CudaLink,
+        *,
+        on_arrival: bool = False,
+    ) -> None:
         torch.manual_seed(1)
         self.chunks = [Chunk() for _ in range(num_chunks)]
         self.streams = Streams()
+        self._on_arrival = on_arrival
+        updates = OnArrival(self.streams) if on_arrival else Updates(lambda: None)
         self.slots = ChunkSlots(
-            self.chunks, num_slots, Updates(lambda: None), link=link(self.streams), poison=True
+            self.chunks, num_slots, updates, link=link(self.streams), poison=True
         )
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
         homes = [tensor for b in buffers for tensor in (b.param_data, b.grad_data)]
@@ -65,15 +104,16 @@ class Stage:
         """Run a step of the first stage, and between the steps let the host update the weights."""
         with self.streams:
             graphs: dict[Action, Any] = {}
+            trains = Kind.B in {action.kind for action in schedule.stages[0]}
             self.slots.begin(schedule, 0)
             try:
                 for action in schedule.stages[0]:
-                    self._do(action, graphs, trains=Kind.B in {a.kind for a in schedule.stages[0]})
+                    self._do(action, graphs, trains=trains)
             finally:
                 self.slots.end()
-            for chunk in self.chunks:
-                for buffer in chunk.buffers:
-                    buffer.param_data.sub_(buffer.grad_data, alpha=0.1)
+            if not (trains and self._on_arrival):
+                for chunk in self.chunks:
+                    descend(chunk)
 
     def _do(self, action: Action, graphs: dict[Action, Any], *, trains: bool) -> None:
         chunk = self.chunks[action.chunk]
@@ -98,10 +138,13 @@ def evaluation(num_slots: int) -> Schedule:
     return visiting(lower(forward_only(2, 4, 4, 1, 4)), num_slots, prefetch=True)
 
 
+@pytest.mark.parametrize("on_arrival", [False, True])
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("turn, num_slots", [(4, 1), (4, 2), (4, 3), (4, 4), (2, 2), (2, 3)])
-def test_nothing_races_and_weights_are_those_of_resident_chunks(num_slots, prefetch, turn):
-    visits, resident = Stage(4, num_slots), Stage(4, 4)
+def test_nothing_races_and_weights_are_those_of_resident_chunks(
+    num_slots, prefetch, turn, on_arrival
+):
+    visits, resident = Stage(4, num_slots, on_arrival=on_arrival), Stage(4, 4)
     for _ in range(2):
         visits.run(evaluation(num_slots))
         visits.run(schedule(num_slots, turn=turn, prefetch=prefetch))
@@ -119,10 +162,10 @@ class NotAfterComputations(CudaLink):
     def start(self, direction: Any, num_bytes: int, copy: Any, after: Any = ()) -> Any:
         lane = self._lanes[direction]
         with self._cuda.stream(lane):
-            for wait in after:
-                wait()
+            for copied in after:
+                copied.order()
             copy()
-        return partial(self._wait, lane.record_event())
+        return self._copied(lane)
 
 
 class NotAfterCopies(CudaLink):
@@ -131,7 +174,7 @@ class NotAfterCopies(CudaLink):
 
 
 class NotWaitedFor(CudaLink):
-    def _wait(self, copied: Any) -> None:
+    def _order(self, event: Any) -> None:
         pass
 
 
@@ -146,6 +189,27 @@ def test_each_wait_is_needed(link):
     steps = schedule(2, turn=4, prefetch=True)
     with pytest.raises(RaceError):
         [stage.run(steps) for _ in range(2)]
+
+
+class NotArrived(CudaLink):
+    def _copied(self, lane: Any) -> Copied:
+        return super()._copied(lane)._replace(synchronize=lambda: None)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_an_update_waits_until_its_gradients_have_arrived(num_slots):
+    with pytest.raises(RaceError, match="home"):
+        Stage(4, num_slots, NotArrived, on_arrival=True).run(
+            schedule(num_slots, turn=4, prefetch=True)
+        )
+
+
+def test_a_load_waits_for_the_update_of_its_chunk(monkeypatch):
+    monkeypatch.setattr(OnArrival, "settle", lambda *_: None)
+    stage = Stage(4, 2, on_arrival=True)
+    stage.run(schedule(2, turn=4, prefetch=True))
+    with pytest.raises(RaceError, match="home"):
+        stage.run(schedule(2, turn=4, prefetch=True))
 
 
 def test_the_host_changes_weights_when_an_evaluation_has_loaded_them():

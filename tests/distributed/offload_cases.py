@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from seq1f1b.runtime import ActionError
 from tests.distributed.layouts import Layout
 from tests.distributed.megatron_model import (
     GROUPS,
@@ -28,18 +29,22 @@ from tests.distributed.megatron_model import (
 from tests.distributed.streams import Streams
 
 _SECONDS_LATE = 0.004
+_PATIENCE = 60.0  # seconds that the last backward of a step waits for updates to begin
 
 
 class Visits(NamedTuple):
-    """What one rank's run was: hash of all weights, losses, norms, and what the copies counted.
+    """What one rank's run was: hashes, losses, norms, and what the copies counted.
 
+    weights: a hash of all; states: of the optimizer's weights, moments and numbers of updates.
     buffer_bytes: weights and gradients of all chunks; largest_bytes: of the largest one, of each
     kind, and planned_bytes of a slot. device_bytes: what they took of the device outside of the
     steps and in the optimizer. host_bytes: of all tensors that stay, and estimated_bytes of those.
-    late: steps that ended with updates under way.
+    late: steps that ended with updates under way. early: for each step, chunks whose update had
+    begun when the last backward did.
     """
 
     weights: str
+    states: str
     losses: list[float]
     norms: list[float]
     loads: list[int]
@@ -53,6 +58,7 @@ class Visits(NamedTuple):
     host_bytes: int
     estimated_bytes: float
     late: int
+    early: list[int]
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,10 @@ class Way:
     just_in_time: updates are behind the next step, and slow. evaluates: whether forwards without
     backwards run between the steps. moves: whether slots are swapped between a chunk's forward and
     backward, which must not train the same. fails: whether updates behind the next step raise.
-    gpu: whether all is as beside a GPU but for the device itself; copies are on streams that tell
-    of races. pace, roots: of the link, in GB/s.
+    breaks: whether the first stage's last backward raises, and the optimizer is to be saved then.
+    gpu: whether all is as beside a GPU but for the device itself; copies are on streams that, with
+    the thread of updates, tell of races. pace, roots: of the link, in GB/s. clip: the largest norm
+    of gradients; 0 for any.
     """
 
     slots: int = 0
@@ -75,9 +83,11 @@ class Way:
     evaluates: bool = False
     moves: bool = False
     fails: bool = False
+    breaks: bool = False
     gpu: bool = False
     pace: float | None = None
     roots: tuple[int, ...] | None = None
+    clip: float = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,18 +125,22 @@ def train(case: Case, way: Way) -> Visits:
     session.settings = way.settings(case)
     case.layout.enter(case.num_chunks)
     with (
-        _beside_a_gpu() if way.gpu else contextlib.nullcontext(),
+        _beside_a_gpu(session.updates) if way.gpu else contextlib.nullcontext(),
         _moved(ChunkSlots) if way.moves else contextlib.nullcontext(),
-        _slow_updates(fails=way.fails),
+        _slow_updates(session.updates, fails=way.fails, breaks=way.breaks) as early,
     ):
         training = _Training(case, way, session, whole)
+        if way.breaks:
+            with contextlib.suppress(ActionError):
+                training.step()
+            training.optimizer.state_dict()
         for number in range(way.steps):
             training.step()
             training.schedule_optimizer(number)
             if way.evaluates:
                 training.evaluate()
         session.updates.settle_all()
-    return training.visits()
+    return training.visits(early)
 
 
 class _Training:
@@ -199,7 +213,7 @@ class _Training:
         if way.slots and loop._slots_of == (self.chunks, way.slots, way.pace, way.roots):
             self.device_bytes.add(_device_bytes(self.chunks, loop._slots))
 
-    def visits(self) -> Visits:
+    def visits(self, early: list[int]) -> Visits:
         """Return what all steps were."""
         from megatron.core import parallel_state
 
@@ -210,7 +224,8 @@ class _Training:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         setting = _setting(self.case, bf16=self.way.bf16)
         return Visits(
-            weights=_hash(chunks),
+            weights=_hash(p for chunk in chunks for p in chunk.parameters()),
+            states=_hash(_states(self.optimizer)),
             losses=self.losses,
             norms=self.norms,
             loads=self.loads,
@@ -224,6 +239,7 @@ class _Training:
             host_bytes=_host_bytes(chunks, self.optimizer),
             estimated_bytes=host_bytes(setting, [stage]),
             late=self.late,
+            early=early,
         )
 
 
@@ -234,7 +250,7 @@ def _adamw(chunks: list[Any], way: Way) -> Any:
         optimizer="adam",
         lr=1e-2,
         weight_decay=0.01,
-        clip_grad=1.0,
+        clip_grad=way.clip,
         bf16=way.bf16,
         params_dtype=way.dtype,
         use_distributed_optimizer=True,
@@ -250,13 +266,20 @@ def _largest_bytes(chunks: list[Any]) -> int:
     )
 
 
-def _hash(chunks: list[Any]) -> str:
+def _hash(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            flat = parameter.detach().clone().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        flat = tensor.detach().clone().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _states(optimizer: Any) -> Iterator[torch.Tensor]:
+    for one in optimizer.chained_optimizers:
+        for group in one.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = one.optimizer.state[parameter]
+                yield from (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"])
 
 
 def _buffers(chunk: Any) -> list[Any]:
@@ -320,30 +343,59 @@ def _setting(case: Case, *, bf16: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _slow_updates(*, fails: bool) -> Iterator[None]:
-    """Let updates that are behind the next step take longer than its first action, or raise."""
+def _slow_updates(updates: Any, *, fails: bool, breaks: bool) -> Iterator[list[int]]:
+    """Let updates in a thread take longer than an action, or raise; tell of those on arrival.
+
+    The last backward of a step waits for them to begin, so that their order does not hang on time.
+    """
     from megatron.core.optimizer import DistributedOptimizer
 
-    step = DistributedOptimizer.step_with_ready_grads
+    from megatron.adaptor.step.step import Step
+
+    step, expect, backward = (
+        DistributedOptimizer.step_with_ready_grads,
+        updates.expect,
+        Step.backward,
+    )
+    begun: set[Any] = set()
+    early: list[int] = []
 
     def slowly(optimizer: Any) -> Any:
+        begun.add(optimizer.model_chunks[0])
         if threading.current_thread() is not threading.main_thread():
             time.sleep(_SECONDS_LATE)
             if fails:
                 raise RuntimeError("cosmic ray")
         return step(optimizer)
 
-    DistributedOptimizer.step_with_ready_grads = slowly
-    try:
-        yield
-    finally:
-        DistributedOptimizer.step_with_ready_grads = step
+    def expect_anew(chunk: Any, arrived: Any) -> None:
+        begun.discard(chunk)
+        expect(chunk, arrived)
+
+    def backward_after(self: Any, action: Any, *arguments: Any) -> Any:
+        actions = self.plan.schedule.stages[self.stage]
+        if action == [one for one in actions if one.kind.is_backward][-1]:
+            deadline = time.monotonic() + _PATIENCE
+            while not begun.issuperset(updates._begun):
+                assert time.monotonic() < deadline, "no update begins while the step computes"
+                time.sleep(1e-3)
+            early.append(len(updates._begun))
+            if breaks and self.stage == 0:
+                raise RuntimeError("cosmic ray")
+        return backward(self, action, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistributedOptimizer, "step_with_ready_grads", slowly)
+        patch.setattr(updates, "expect", expect_anew)
+        patch.setattr(Step, "backward", backward_after)
+        yield early
 
 
 @contextlib.contextmanager
-def _beside_a_gpu() -> Iterator[None]:
+def _beside_a_gpu(updates: Any) -> Iterator[None]:
     """Take the CPU for a GPU that has memory of its own, and look for races with its copies."""
     from megatron.adaptor.cpu import device
+    from megatron.adaptor.offload import updates as module
     from megatron.adaptor.offload.link import CudaLink
     from megatron.adaptor.offload.slots import ChunkSlots
     from megatron.adaptor.step import loop
@@ -359,6 +411,9 @@ def _beside_a_gpu() -> Iterator[None]:
         patch.setattr(device, "has_gpu", lambda: True)
         patch.setattr(loop, "link_of", lambda *_: CudaLink(streams))
         patch.setattr(ChunkSlots, "begin", watched)
+        patch.setattr(module, "ThreadPoolExecutor", streams.Executor)
+        patch.setattr(module, "Future", streams.Future)
+        patch.setattr(updates, "_worker", None)
         yield
     assert streams.num_operations > 0
 

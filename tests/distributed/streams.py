@@ -1,7 +1,8 @@
 """Simulated GPU streams that report unordered accesses to the same memory."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
@@ -16,24 +17,20 @@ class RaceError(AssertionError):
 
 
 class Stream:
-    """A queue of operations with a vector clock: what happens before the next operation.
-
-    An event is a copy of that clock.
-    """
+    """A queue of operations with a vector clock: what happens before the next operation."""
 
     def __init__(self, number: int, host: "Stream | None") -> None:
         self.number, self.host = number, host
         self.before: Clock = {}
 
-    def wait_event(self, event: Clock) -> None:
-        for number, count in event.items():
+    def wait_event(self, event: "Event") -> None:
+        for number, count in event.before.items():
             self.before[number] = max(count, self.before.get(number, 0))
 
     def wait_stream(self, other: "Stream") -> None:
-        self.wait_event(other.before)
-
-    def record_event(self) -> Clock:
-        return dict(self.before)
+        event = Event(None)
+        event.record(other)
+        self.wait_event(event)
 
     def synchronize(self) -> None:
         assert self.host is not None
@@ -47,17 +44,35 @@ class Stream:
         return self.number, self.before[self.number]
 
 
+class Event:
+    """What has happened before a place in a queue; streams: whose host can wait for it."""
+
+    def __init__(self, streams: "Streams | None") -> None:
+        self._streams = streams
+        self.before: Clock = {}
+
+    def record(self, stream: Stream) -> None:
+        self.before = dict(stream.before)
+
+    def synchronize(self) -> None:
+        assert self._streams is not None
+        self._streams.host.wait_event(self)
+
+
 class Streams(TorchDispatchMode):
     """Stands for ``torch.cuda``: every operation is done at once, as if it were queued.
 
     slots: memory of the device. homes: memory of the host, in which the host itself operates,
     unless within ``stream``. Other memory is not looked at. Both may be added to. An operation
     raises RaceError.
+
+    host: the queue of the thread of the host that runs. ``Executor`` and ``Future`` stand for
+    those of ``concurrent.futures``: jobs are done at once, as if a thread did them.
     """
 
     def __init__(self, slots: Iterable[Tensor] = (), homes: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._host = Stream(0, None)
+        self.host = Stream(0, None)
         self._made = 0
         self._compute = self._current = self.Stream()
         self._slots: set[int] = set()
@@ -73,8 +88,16 @@ class Streams(TorchDispatchMode):
         self._homes |= {_memory(tensor) for tensor in homes}
 
     def Stream(self) -> Stream:
-        self._made += 1
-        return Stream(self._made, self._host)
+        return Stream(self._number(), self.host)
+
+    def Event(self, *, blocking: bool) -> Event:
+        return Event(self)
+
+    def Executor(self, *_: Any, **__: Any) -> "_Executor":
+        return _Executor(self, Stream(self._number(), None))
+
+    def Future(self) -> "_Future":
+        return _Future(self)
 
     def current_stream(self) -> Stream:
         return self._current
@@ -86,6 +109,15 @@ class Streams(TorchDispatchMode):
             yield
         finally:
             self._current = before
+
+    @contextlib.contextmanager
+    def thread(self, queue: Stream) -> Iterator[None]:
+        """Operate as another thread of the host."""
+        self.host, before = queue, self.host
+        try:
+            yield
+        finally:
+            self.host = before
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -104,12 +136,16 @@ class Streams(TorchDispatchMode):
             self._access(function, written, read)
         return function(*args, **kwargs)
 
+    def _number(self) -> int:
+        self._made += 1
+        return self._made
+
     def _access(self, function: Any, written: set[int], read: set[int]) -> None:
         touched = (written | read) & (self._slots | self._homes)
         if not touched:
             return
         is_of_host = self._current is self._compute and not touched & self._slots
-        queue = self._host if is_of_host else self._current
+        queue = self.host if is_of_host else self._current
         place = queue.operate()
         self.num_operations += 1
         for memory in touched:
@@ -124,6 +160,34 @@ class Streams(TorchDispatchMode):
                 self._written[memory] = place
             else:
                 self._read.setdefault(memory, []).append(place)
+
+
+class _Executor:
+    """A thread whose jobs come one after the other, each after what came before ``submit``."""
+
+    def __init__(self, streams: Streams, queue: Stream) -> None:
+        self._streams, self._queue = streams, queue
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._queue.wait_stream(self._streams.host)
+        with self._streams.thread(self._queue):
+            job()
+
+
+class _Future(Future[None]):
+    """Who waits for the result comes after what came before it."""
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__()
+        self._streams, self._event = streams, Event(streams)
+
+    def set_result(self, result: None) -> None:
+        self._event.record(self._streams.host)
+        super().set_result(result)
+
+    def result(self, timeout: float | None = None) -> None:
+        self._event.synchronize()
+        super().result(timeout)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -24,6 +24,7 @@ V8 = Case(2, 2, 1, num_chunks=8, layers=16, length=16)
 ONE = {"turn": 1000}
 BF16 = {"bf16": True}
 FEW = {"steps": 5}  # of 10, for shapes that take longer
+FREE = ONE | {"clip": 0.0}  # gradients of any norm, which lets updates begin on their arrival
 
 
 def cut(case: Case, **more: Any) -> Case:
@@ -41,12 +42,15 @@ def run(workers: Any, case: Case, common: dict[str, Any], *ways: dict[str, Any])
 
 
 def same(one: Visits, other: Visits) -> bool:
-    return (one.weights, one.losses, one.norms) == (other.weights, other.losses, other.norms)
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("weights", "states", "losses", "norms")
+    )
 
 
 TRACKER = "latest_checkpointed_iteration.txt"
 NORM = re.compile(r"params norm: ([\d.]+)")
-VALIDATION = re.compile(r"validation loss at iteration 4 .*")
+VALIDATION = re.compile(r"validation loss at iteration 4 .* PPL: \S+")
 LATE, EARLY, GPU = "just_in_time", "prefetch", "gpu"
 # a copy of a chunk takes some milliseconds, beside the computations, and both ranks share the link
 PACED = {"pace": 0.05, "roots": (0, 0)}
@@ -86,27 +90,85 @@ GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "replicas": (replace(V2, replicas=2), ONE | FEW, [way(1, LATE, EARLY)]),
     "tensor": (cut(V2, tensor=2), ONE | BF16 | FEW, [way(1, LATE)]),
+    "arrival": (
+        V4,
+        FREE | FEW,
+        [way(1, LATE), way(2, LATE, EARLY) | PACED, way(2, LATE, EARLY, GPU)],
+    ),
+    "arrival, tied": (
+        cut(V4, tied=True),
+        FREE | BF16 | FEW | {"evaluates": True},
+        [way(2, LATE) | PACED, way(1, LATE, EARLY), way(2, LATE, GPU)],
+    ),
+    "arrival, gradients in bf16": (
+        replace(V4, ddp={"grad_reduce_in_fp32": False}),
+        FREE | BF16,
+        [way(1, LATE, EARLY), way(2, LATE), way(3, LATE, EARLY, GPU)],
+    ),
+    "arrival, turns": (
+        V4,
+        FREE | FEW | {"turn": 2},
+        [way(1, LATE), way(2, LATE, EARLY) | PACED, way(2, LATE, EARLY, GPU)],
+    ),
+    "arrival, recomputed": (
+        cut(V4, recompute=True, recompute_loss=True),
+        FREE | FEW,
+        [way(2, LATE, EARLY)],
+    ),
+    "arrival, packed": (cut(V4, documents="cu_seqlens"), FREE | FEW, [way(2, LATE, EARLY)]),
+    "arrival, experts": (
+        cut(V2, experts="aux_loss"),
+        FREE,
+        [way(1, LATE, EARLY), way(2, LATE, GPU)],
+    ),
+    "arrival, tensor": (cut(V2, tensor=2), FREE | BF16 | FEW, [way(1, LATE)]),
+    "no arrival, tensor": (
+        cut(V2, tensor=2, sequence_parallel=True),
+        FREE | BF16 | FEW,
+        [way(1, LATE)],
+    ),
+    "no arrival, replicas": (replace(V2, replicas=2), FREE | FEW, [way(1, LATE, EARLY)]),
+    "no arrival, experts dealt": (
+        replace(V2, experts="aux_loss", experts_shared=2, replicas=2),
+        FREE | FEW,
+        [way(1, LATE)],
+    ),
+    "no arrival, per token": (cut(V2, per_token=True), FREE, [way(1, LATE, EARLY)]),
 }
 
 
-@pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "beside a gpu"]))
+def num_early(case: Case, common: dict[str, Any], rank: int) -> int:
+    """Return the chunks whose gradients are home, and final, before the last backward of a step.
+
+    The last backward is chunk 0's.
+    """
+    if common.get("clip") != 0.0 or case.per_token or case.replicas > 1 or case.sequence_parallel:
+        return 0
+    is_last_stage = rank >= case.num_ranks - case.num_ranks // case.num_stages
+    return case.num_chunks - 1 - (case.tied and is_last_stage)
+
+
+@pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "beside a gpu", "arrival"]))
 def test_training_is_bit_for_bit_the_same(workers, name):
     """Slots take what the largest chunk takes, and nothing else is on the device, ever."""
     case, common, ways = GRID[name]
-    for resident, *others in run(workers, case, common, *ways):
+    for rank, (resident, *others) in enumerate(run(workers, case, common, *ways)):
         assert len(set(resident.losses)) > 1 or not resident.losses[0]
         for how, offloaded in zip(ways, others, strict=True):
             assert same(resident, offloaded), how
             assert offloaded.device_bytes == {how["slots"] * offloaded.largest_bytes}
             assert offloaded.late == (len(offloaded.norms) if LATE in how else 0)
+            early = num_early(case, common, rank) if LATE in how else 0
+            assert offloaded.early == [early] * len(offloaded.norms)
             check_traffic(case, common, how["slots"], offloaded)
 
 
 def check_traffic(case: Case, common: dict[str, Any], slots: int, visits: Visits) -> None:
-    """Compare what the copies counted with what the buffers hold: gradients are in float32."""
+    """Compare what the copies counted with what the buffers hold."""
     one_turn = common["turn"] == 1000
     loads = num_loads(case.num_chunks, slots, 1 if one_turn else 2)
-    gradients = visits.buffer_bytes * (4 / 6 if "bf16" in common else 1 / 2)
+    are_wider = "bf16" in common and case.ddp.get("grad_reduce_in_fp32", True)
+    gradients = visits.buffer_bytes * (4 / 6 if are_wider else 1 / 2)
     if one_turn:
         assert visits.loads == [loads] * len(visits.loads)
         assert visits.gradients_in == 0
@@ -114,7 +176,7 @@ def check_traffic(case: Case, common: dict[str, Any], slots: int, visits: Visits
     elif slots > 1:
         assert all(loads <= number <= loads + 2 for number in visits.loads)
         assert visits.gradients_in > 0
-    largest = visits.largest_bytes * (2 / 6 if "bf16" in common else 1 / 2)
+    largest = visits.largest_bytes * (2 / 6 if are_wider else 1 / 2)
     whole = visits.buffer_bytes - gradients
     assert whole <= visits.weights_in <= visits.loads[0] * largest
 
@@ -143,10 +205,18 @@ def test_a_chunk_that_comes_back_to_another_slot_trains_wrongly(workers):
 
 
 @pytest.mark.long
-def test_an_update_that_fails_is_an_error_of_the_load_that_waits_for_it(workers):
+@pytest.mark.parametrize("common", [ONE, FREE])
+def test_an_update_that_fails_is_an_error_of_the_load_that_waits_for_it(workers, common):
     message = "LOAD.*: the optimizer's update of a model chunk failed: cosmic ray"
     with pytest.raises(WorkerError, match=message):
-        run(workers, V2, ONE | {"steps": 2}, way(1, LATE, "fails"))
+        run(workers, V2, common | {"steps": 2}, way(1, LATE, "fails"))
+
+
+@pytest.mark.long
+def test_nothing_is_saved_after_a_step_that_broke_off_between_updates(workers):
+    message = "UpdateError: a step was left when 1 of this stage's model chunks had begun"
+    with pytest.raises(WorkerError, match=message):
+        run(workers, V2, FREE | {"steps": 1}, way(1, LATE, "breaks"))
 
 
 def start(file: Path, script: str, *flags: object) -> tuple[Any, list[dict[str, Any]]]:
@@ -165,20 +235,44 @@ def losses(entries: list[dict[str, Any]]) -> list[float]:
     return [entry["lm_loss"] for entry in entries]
 
 
+ARRIVAL = "> just-in-time updates on arrival of gradients: "
+
+
 @pytest.mark.long
 @pytest.mark.timeout(400)
-def test_a_script_is_killed_in_an_update_and_resumes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "fault, of_optimizer, told",
+    [
+        (
+            "update:1:4",
+            (),
+            "none, but at the end of the step: --clip-grad 1 (must be 0), --rerun-mode "
+            "validate_results (must be disabled)",
+        ),
+        (
+            "arrival:0:4",
+            ("--clip-grad", 0, "--rerun-mode", "disabled"),
+            "model chunks 1 of the first stage, and 0 at the end of the step: no "
+            "--untie-embeddings-and-output-weights",
+        ),
+    ],
+)
+def test_a_script_is_killed_in_an_update_and_resumes(
+    tmp_path, monkeypatch, fault, of_optimizer, told
+):
     """From checkpoints of resident and of offloaded training come the losses of a whole run."""
     late = ("--offload-model-chunks", 1, "--offload-prefetch", "--offload-just-in-time-updates")
+    late += of_optimizer
     first, kept, norm = tmp_path / "first", tmp_path / "kept", "--log-params-norm"
     save = ("--save", first, "--save-interval", 1)
+    save += of_optimizer
     whole, expected = start(tmp_path / "whole", "plain_gpt.py", "--seq1f1b-turn", 6, norm, *save)
     assert whole.returncode == 0, whole.stderr[-4000:]
     assert {entry["chunk_loads"] for entry in expected} == {None}
 
     (first / TRACKER).write_text("1")
     save = ("--load", first, "--save", kept, "--save-interval", 2)
-    monkeypatch.setenv("FAULT", "update:1:4")
+    monkeypatch.setenv("FAULT", fault)
     killed, entries = start(tmp_path / "killed", "faulty_gpt.py", *late, *save)
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL) received by PID" in killed.stderr
@@ -190,6 +284,8 @@ def test_a_script_is_killed_in_an_update_and_resumes(tmp_path, monkeypatch):
     resumed, entries = start(tmp_path / "resumed", "plain_gpt.py", *late, norm, "--load", kept)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert losses(entries) == losses(expected)[2:]
+    assert [line for line in resumed.stdout.splitlines() if ARRIVAL in line] == [ARRIVAL + told]
+    assert ARRIVAL not in whole.stdout
     of_whole, of_resumed = (NORM.findall(run.stdout) for run in (whole, resumed))
     assert of_resumed == of_whole[-len(of_resumed) :]
     assert len(set(of_resumed)) > 1

@@ -152,7 +152,9 @@ def _add_offload_arguments(group: Any) -> None:
         action="store_true",
         help="With --offload-model-chunks: let the optimizer update each chunk in a thread of its "
         "own, while chunks before it go forward in the next step; a load waits for its chunk's "
-        "update. Clipping and the results are the same. Leave cores for it.",
+        "update. Clipping and the results are the same. With --clip-grad 0 and --rerun-mode "
+        "disabled a chunk's update begins in the step itself, when its gradients have arrived in "
+        "host memory, where nothing changes them later. Leave cores for it.",
     )
     group.add_argument(
         "--offload-link-gb-per-s",

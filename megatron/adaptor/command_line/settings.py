@@ -44,7 +44,7 @@ class Settings:
     turn: sub-sequences that go through a model chunk before the next; None for as many as
     stages, or with offloading all. offload_chunks: model chunks that the device holds at a time; 0
     if they stay there. offload_prefetch: whether they are loaded as soon as there is room.
-    offload_just_in_time: whether each is updated no sooner than its next load.
+    offload_just_in_time: whether each is updated beside computations, before its next load.
     offload_gb_per_second: the pace of their copies; None for as fast as can be. offload_roots: for
     each stage the number of the link that it shares with others. poison: whether memory that they
     leave is filled with NaN, for tests.

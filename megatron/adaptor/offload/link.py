@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,8 +23,17 @@ from megatron.adaptor.cpu import device
 
 Copy = Callable[[], None]
 """Copies when it is called."""
-Wait = Callable[[], None]
-"""Orders later computations and copies after a copy, and raises its error."""
+
+
+class Copied(NamedTuple):
+    """A copy that was asked for. Both raise its error.
+
+    order: orders later computations and copies after it. synchronize: returns when it is made; any
+    thread may call it.
+    """
+
+    order: Callable[[], None]
+    synchronize: Callable[[], None]
 
 
 class Direction(StrEnum):
@@ -38,12 +47,9 @@ class Link(Protocol):
     """What makes copies, those of one direction one after the other."""
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
-    ) -> Wait:
-        """Queue ``copy`` behind the copies of ``after`` and all computations so far.
-
-        Calling the result waits for it.
-        """
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
+    ) -> Copied:
+        """Queue ``copy`` behind the copies of ``after`` and all computations so far."""
         ...
 
     def finish(self) -> None:
@@ -55,11 +61,11 @@ class DirectLink:
     """Makes every copy at once: it is done when ``start`` returns."""
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
-    ) -> Wait:
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
+    ) -> Copied:
         """See Link."""
         copy()
-        return lambda: None
+        return Copied(_nothing, _nothing)
 
     def finish(self) -> None:
         """No copy is ever under way."""
@@ -81,11 +87,12 @@ class PacedLink:
         }
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
-    ) -> Wait:
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
+    ) -> Copied:
         """See Link."""
         seconds = num_bytes / self._bytes_per_second
-        return self._lanes[direction].submit(self._make, direction, seconds, copy, after).result
+        made = self._lanes[direction].submit(self._make, direction, seconds, copy, after)
+        return Copied(made.result, made.result)
 
     def finish(self) -> None:
         """See Link."""
@@ -93,10 +100,10 @@ class PacedLink:
             lane.submit(lambda: None).result()
 
     def _make(
-        self, direction: Direction, seconds: float, copy: Copy, after: Sequence[Wait]
+        self, direction: Direction, seconds: float, copy: Copy, after: Sequence[Copied]
     ) -> None:
-        for wait in after:
-            wait()
+        for copied in after:
+            copied.synchronize()
         with self._turn(direction):
             end = time.perf_counter() + seconds
             copy()
@@ -129,7 +136,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class CudaLink:
-    """Queues copies on a stream of the current GPU for each direction; only ``finish`` waits.
+    """Queues copies on a stream of the current GPU for each direction; ``start`` waits for none.
 
     A copy comes after all that the current stream was given before: no kernel still reads the
     weights that a load overwrites, and none still adds to gradients that leave. cuda: torch.cuda,
@@ -141,24 +148,34 @@ class CudaLink:
         self._lanes = {direction: cuda.Stream() for direction in Direction}
 
     def start(
-        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Wait] = ()
-    ) -> Wait:
+        self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
+    ) -> Copied:
         """See Link."""
         lane = self._lanes[direction]
         lane.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(lane):
-            for wait in after:
-                wait()
+            for copied in after:
+                copied.order()
             copy()
-        return partial(self._wait, lane.record_event())
+        return self._copied(lane)
 
     def finish(self) -> None:
         """See Link."""
         for lane in self._lanes.values():
             lane.synchronize()
 
-    def _wait(self, copied: Any) -> None:
-        self._cuda.current_stream().wait_event(copied)
+    def _copied(self, lane: Any) -> Copied:
+        # blocking: a thread that waits leaves its core to others
+        event = self._cuda.Event(blocking=True)
+        event.record(lane)
+        return Copied(partial(self._order, event), event.synchronize)
+
+    def _order(self, event: Any) -> None:
+        self._cuda.current_stream().wait_event(event)
+
+
+def _nothing() -> None:
+    """What is left to wait for where a copy is made at once."""
 
 
 def link_of(gb_per_second: float | None, roots: Sequence[int] | None, stage: int) -> Link:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.adaptor.offload.link import Direction, DirectLink, Link, Wait
+from megatron.adaptor.offload.link import Copied, Direction, DirectLink, Link
 from megatron.adaptor.offload.updates import Updates
 from seq1f1b.schedule import Action, Kind, Schedule, residencies
 
@@ -45,8 +45,9 @@ class ChunkSlots:
     The flat buffers of Megatron's distributed optimizer are the chunks' home. A slot has room for
     the largest buffer of each kind (dtypes, experts or not). ``load`` copies a chunk into its slot
     and points its parameters there; ``free`` takes gradients home and points back. Optimizer,
-    reductions and checkpoints see the home only. updates: of the home, for which a load waits.
-    device: where the slots are. poison: whether freed memory is filled with NaN.
+    reductions and checkpoints see the home only. updates: of the home, for which a load waits; they
+    hear when a chunk's complete gradients leave for it. device: where the slots are. poison:
+    whether freed memory is filled with NaN.
 
     Raises ValueError when a chunk has parameters to train outside of its buffers.
     """
@@ -89,10 +90,11 @@ class ChunkSlots:
         self._accumulators = {p: _accumulator(p) for home in self._homes for p in home}
         self._there: dict[int, int] = {}  # slot of each chunk on the device
         self._partial: set[int] = set()
-        self._arriving: dict[int, Wait] = {}  # by chunk
-        self._leaving: dict[int, Wait] = {}  # by slot
+        self._arriving: dict[int, Copied] = {}  # by chunk
+        self._leaving: dict[int, Copied] = {}  # by slot
         self._slot_of: Sequence[int] = ()
         self._going_backward: Mapping[Action, bool] = {}
+        self._last_frees: Mapping[int, Action] = {}  # by chunk: when its gradients are complete
         self.traffic = Traffic()
 
     @property
@@ -106,12 +108,17 @@ class ChunkSlots:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def begin(self, schedule: Schedule, stage: int) -> None:
-        """Begin a step of ``schedule``, whose visits these will be."""
+        """Begin a step of ``schedule``, whose visits these will be.
+
+        Raises UpdateError after a step that ended between updates.
+        """
         assert schedule.slots is not None, f"{schedule.name} has no slots"
         assert not self._there, f"chunks {sorted(self._there)} are still on the device"
         self._slot_of = schedule.slots[stage]
         visits = residencies(schedule.stages[stage], self._slot_of)
         self._going_backward = {visit.load: visit.goes_backward for visit in visits}
+        self._last_frees = {visit.chunk: visit.free for visit in visits if visit.goes_backward}
+        self._updates.begin(self._chunks, trains=bool(self._last_frees))
         self._partial = set()
         self.traffic = Traffic()
 
@@ -153,7 +160,7 @@ class ChunkSlots:
         """Let a computation come after its chunk's load."""
         arriving = self._arriving.pop(action.chunk, None)
         if arriving is not None:
-            arriving()
+            arriving.order()
 
     def free(self, action: Action) -> None:
         """Point the chunk's parameters home; after backwards have its gradients taken there."""
@@ -171,9 +178,10 @@ class ChunkSlots:
         self._partial.add(chunk)
         num_bytes = sum(buffer.grad_data.nbytes for buffer, _ in places)
         self.traffic.gradients_out += num_bytes
-        self._leaving[slot] = self._link.start(
-            Direction.OUT, num_bytes, partial(self._take_home, places)
-        )
+        leaving = self._link.start(Direction.OUT, num_bytes, partial(self._take_home, places))
+        self._leaving[slot] = leaving
+        if action == self._last_frees[chunk]:
+            self._updates.expect(self._chunks[chunk], leaving.synchronize)
 
     def end(self) -> None:
         """Wait for all copies, and point home what after a step that failed is not there."""
@@ -185,7 +193,7 @@ class ChunkSlots:
             self._point_home(chunk)
             self._spoil(places)
         for copied in copies:
-            copied()
+            copied.order()
 
     def _take_home(self, places: Sequence[tuple[Any, _Place]]) -> None:
         for buffer, place in places:

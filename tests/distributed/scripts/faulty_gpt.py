@@ -1,8 +1,9 @@
 """``plain_gpt.py`` on which a fault befalls one rank: FAULT=KIND:RANK:ITERATION in the environment.
 
 KIND: kill (SIGKILL), stop (SIGSTOP), leave (exit code 0), memory (no memory left), update (SIGKILL
-in an update of the step before), worker (its data worker is killed), end (its data end), or an
-action's kind: F, B, I, W, SEND_F, RECV_B and so on.
+in an update of the step before), arrival (SIGKILL in an update of the step that computes), worker
+(its data worker is killed), end (its data end), or an action's kind: F, B, I, W, SEND_F, RECV_B and
+so on.
 """
 
 import itertools
@@ -93,7 +94,10 @@ def fail_in_action():
 
 
 def kill_in_update():
-    """Die in the second chunk's update of the step before, once the iteration has begun."""
+    """Die in the second chunk's update of the step before, once the iteration has begun.
+
+    Or in the first of the iteration itself, while the other chunk goes backward.
+    """
     step, updates = torch.optim.AdamW.step, itertools.count(1)
 
     def step_or_die(optimizer, *args):
@@ -102,7 +106,10 @@ def kill_in_update():
             return result
         is_second = next(updates) % 2 == 0
         number = max(state["step"] for state in optimizer.state.values())
-        is_before = number == int(ITERATION) - 1 and torch.distributed.get_rank() == int(RANK)
+        is_mine = torch.distributed.get_rank() == int(RANK)
+        if KIND == "arrival" and is_mine and number == int(ITERATION) and not is_second:
+            os.kill(os.getpid(), signal.SIGKILL)
+        is_before = KIND == "update" and is_mine and number == int(ITERATION) - 1
         if is_second and is_before and has_begun.wait(timeout=60):
             time.sleep(0.05)  # an action or two
             os.kill(os.getpid(), signal.SIGKILL)
@@ -112,7 +119,7 @@ def kill_in_update():
 
 
 if __name__ == "__main__":
-    if KIND == "update":
+    if KIND in ("update", "arrival"):
         kill_in_update()
     if KIND.isupper():
         fail_in_action()
