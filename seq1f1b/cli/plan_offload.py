@@ -29,8 +29,7 @@ _RUNS = (
     "Every figure is a model's; nothing was measured. --offload-model-chunks has not run on a GPU "
     "yet (docs/offload.md)."
 )
-_NOT_IN_THE_ENGINE = {Adam.ON_ARRIVAL}
-_MARK = "* Not in the engine: its Adam waits for the norm of all gradients."
+_MARK = "* Without clipping by the norm of all gradients: needs --clip-grad 0."
 
 
 def plan_offload(
@@ -223,7 +222,7 @@ class _Found:
         return {
             "name": way.name,
             "adam": None if way.adam is None else str(way.adam),
-            "in_the_engine": way.adam not in _NOT_IN_THE_ENGINE,
+            "clips": _clips(way),
             "step_seconds": way.seconds,
             "tokens_per_second": way.tokens_per_second,
             "gpu_bytes": way.gpu_bytes,
@@ -246,6 +245,11 @@ class _Found:
         }
 
 
+def _clips(way: Way) -> bool:
+    """Whether gradients can be clipped by the norm of all of them."""
+    return way.adam is None or way.adam.clips
+
+
 def _bubble(way: Way) -> float:
     shape = way.shape
     assert shape is not None
@@ -260,8 +264,10 @@ def command_flags(way: Way) -> list[str]:
     words = [*flags(way.setting), "--offload-model-chunks", str(shape.num_slots)]
     if shape.num_turns > 1:
         words += ["--seq1f1b-turn", str(shape.turn(way.setting.num_stages))]
-    if way.adam is Adam.JUST_IN_TIME:
+    if way.adam is not Adam.SERIAL:
         words.append("--offload-just-in-time-updates")
+    if not _clips(way):
+        words += ["--clip-grad", "0", "--rerun-mode", "disabled"]
     return [*words, "--offload-prefetch"]
 
 
@@ -348,7 +354,7 @@ def _table(found: _Found) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("bound by", no_wrap=True)
     for way in found.ways:
-        star = " *" if way.adam in _NOT_IN_THE_ENGINE else ""
+        star = "" if _clips(way) else " *"
         room = "" if found.fits(way) else "!"
         table.add_row(
             f"{way.name}{star}",

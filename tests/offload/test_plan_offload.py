@@ -32,7 +32,7 @@ def test_it_says_what_fits_what_it_waits_for_and_what_to_paste():
         "Offloading is not needed: 16 bytes a parameter",
         "ZeRO-Offload",
         "offload, Adam on arrival *",
-        "Not in the engine",
+        "Without clipping by the norm",
         "has not run on a GPU",
         "nothing was measured",
         "max(compute, PCIe, Adam)",
@@ -54,8 +54,8 @@ def test_json_has_every_way_and_flags_that_parse():
     assert found["measured"] is False
     ways = {way["name"]: way for way in found["ways"]}
     assert len(ways) == 5
-    missing = {name for name, way in ways.items() if not way["in_the_engine"]}
-    assert missing == {"offload, Adam on arrival"}
+    without_clipping = {name for name, way in ways.items() if not way["clips"]}
+    assert without_clipping == {"offload, Adam on arrival"}
     chosen = ways["offload, just-in-time Adam"]
     assert (chosen["chunks"], chosen["chunks_on_the_gpu"], chosen["micro_batches"]) == (2, 1, 8)
     assert chosen["loads"] == [num_loads(2, 1, 1)] * 4
@@ -66,12 +66,29 @@ def test_json_has_every_way_and_flags_that_parse():
     assert chosen["bound_seconds"] <= chosen["step_seconds"]
     assert found["bubble"] == pytest.approx(3 / (2 * 8 * chosen["splits"]))
     assert "--offload-just-in-time-updates" in found["flags"]
+    assert "--clip-grad" not in found["flags"]
     values = read_options(found["flags"]).values
     assert values["pipeline_model_parallel_size"] == 4
     assert values["micro_batch_size"] == 2
     assert values["global_batch_size"] == 16
     assert values["grad_reduce_in_bf16"]
     assert values["recompute_granularity"] == "full"
+
+
+@pytest.mark.parametrize(
+    "adam, flags",
+    [
+        ("serial", ""),
+        (
+            "on-arrival",
+            "--offload-just-in-time-updates --clip-grad 0 --rerun-mode disabled",
+        ),
+    ],
+)
+def test_the_flags_are_those_of_the_adam_that_is_asked_for(adam, flags):
+    words = [*SMALL, *CARD, *FIXED, "--tokens", "16384", "--json", "--adam", adam]
+    found = " ".join(json.loads(run(*words))["flags"])
+    assert found.partition("--offload-model-chunks 2 ")[2] == f"{flags} --offload-prefetch".strip()
 
 
 def test_assumptions_change_the_figures():
