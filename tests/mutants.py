@@ -41,6 +41,7 @@ _ATTENTION = "tests/attention"
 _EXECUTOR = "tests/runtime/test_executor.py"
 _CONTRACT = "tests/distributed/test_contract.py"
 _OFFLOAD = "tests/distributed/test_offload.py -k bit_for_bit"
+_ARRIVAL = "tests/distributed/test_offload.py -k arrival"
 _FEATURES = "tests/distributed/test_megatron_gradients.py -k every_feature"
 MUTANTS = (
     Mutant(
@@ -201,6 +202,48 @@ MUTANTS = (
         "if any(buffer is held for waiting in self._waiting.values() for held in waiting.buffers):",
         "if False:",
         _OFFLOAD,
+    ),
+    Mutant(
+        "an update does not wait for its gradients to arrive",
+        "megatron/adaptor/offload/updates.py",
+        "                self._arrived()\n",
+        "",
+        _ARRIVAL,
+    ),
+    Mutant(
+        "the host does not wait for a copy",
+        "megatron/adaptor/offload/link.py",
+        "return Copied(partial(self._order, event), event.synchronize)",
+        "return Copied(partial(self._order, event), _nothing)",
+        "tests/adaptor/test_offload_streams.py -k races",
+    ),
+    Mutant(
+        "gradients that come back to the device count as complete",
+        "megatron/adaptor/offload/slots.py",
+        "        if action == self._last_frees[chunk]:\n",
+        "        if True:\n",
+        "tests/adaptor/test_offload_streams.py -k races",
+    ),
+    Mutant(
+        "gradients are dropped before the norm has read them",
+        "megatron/adaptor/offload/updates.py",
+        "self._num_readers = 1 if arrived is None else 2",
+        "self._num_readers = 1",
+        _ARRIVAL,
+    ),
+    Mutant(
+        "gradients are reduced while an update reads them",
+        "megatron/adaptor/offload/updates.py",
+        "if not any(buckets is group for groups in begun for group in groups):",
+        "if True:",
+        _ARRIVAL,
+    ),
+    Mutant(
+        "tied embeddings are updated before stages have summed their gradients",
+        "megatron/adaptor/offload/arrival.py",
+        'has_embedding and getattr(model, "share_embeddings_and_output_weights", True)',
+        "False",
+        "tests/adaptor/test_offload_arrival.py",
     ),
 )
 
