@@ -240,6 +240,31 @@ def test_each_chunk_is_updated_once_and_its_gradients_stay_for_the_norm(machine,
     training.begin()
 
 
+def test_gradients_that_an_update_reads_are_checked_but_not_reduced(machine, monkeypatch):
+    class Buckets:
+        def __init__(self, *, for_nan: bool) -> None:
+            self.ddp_config = SimpleNamespace(
+                check_for_nan_in_grad=for_nan, check_for_large_grads=False
+            )
+            self.check_grads = lambda *checks: done.append(checks)
+
+    def reduce(buckets: Any, *_: Any, **__: Any) -> None:
+        done.append(buckets)
+
+    training = Training(monkeypatch)
+    done: list[Any] = []
+    checked, unchecked, other = Buckets(for_nan=True), Buckets(for_nan=False), Buckets(for_nan=True)
+    for chunk, buckets in zip(
+        training.optimizer.model_chunks, ([other], [], [checked]), strict=True
+    ):
+        chunk.bucket_groups = buckets
+        chunk.expert_parallel_bucket_groups = [unchecked] if buckets == [checked] else []
+    training.expect(2)
+    for buckets in (checked, unchecked, other):
+        training.updates.start_grad_sync(reduce, buckets, force_all_reduce=False)
+    assert done == [(True, False), other]
+
+
 def test_the_lowest_chunk_that_waits_is_updated_first(machine, monkeypatch):
     training, arrives = Training(monkeypatch, 4), threading.Event()
     training.expect(3, arrives.wait)
