@@ -102,6 +102,17 @@ def test_offload(tmp_path):
     assert all(row["seconds_median"] >= sum(row["copying_seconds"][0][:1]) for row in rows)
 
 
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_offload_updates(tmp_path):
+    sizes = ("--hidden-size", 64, "--rounds", 2, "--steps", 1)
+    rows = rows_of(tmp_path, "offload_updates.py", *sizes, start=in_two_stages)
+    assert [row["contender"] for row in rows] == ["after the step", "just in time", "on arrival"]
+    assert rows[0]["over_first"] == 1.0
+    assert all(row["seconds_median"] > row["updating_seconds"] > 0 for row in rows)
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 def test_families(tmp_path):
