@@ -15,11 +15,11 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing import context, get_context, parent_process, set_start_method
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import ModuleType
 
 FORKS: context.ForkServerContext = get_context("forkserver")
 # Those that cannot be imported are left out.
@@ -141,8 +141,9 @@ def _run(
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         if isinstance(end.code, str):
             sys.stderr.write(f"{end.code}\n")
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.last_exc = error
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
@@ -161,7 +162,8 @@ def _run_as_main(words: list[str]) -> None:
     if first == "-c":
         sys.argv = ["-c", *others[1:]]
         sys.path.insert(0, "")
-        exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = main = ModuleType("__main__")
+        exec(compile(others[0], "<string>", "exec"), vars(main))
     elif first == "-m":
         sys.argv = others
         sys.path.insert(0, os.getcwd())
