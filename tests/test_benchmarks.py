@@ -126,6 +126,7 @@ def test_families(tmp_path):
     assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-4
 
 
+@pytest.mark.long
 def test_replay(tmp_path):
     sizes = ("--layers", 4, "--hidden-size", 32, "--length", 64, "--chunks", 1, 2, 4)
     run = run_script("replay.py", *sizes, "--splits", 1, 4, "--rounds", 2, "--shapes", "4x8",

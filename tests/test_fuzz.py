@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.selection import mostly_long
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.timeout(400)
-def test_damaged_files_and_settings_end_with_a_result_or_a_clear_error():
+@pytest.mark.parametrize("cases", mostly_long([60, 300], default=[60]))
+def test_damaged_files_and_settings_end_with_a_result_or_a_clear_error(cases):
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--cases", "300", "--seed", "17"],
+        [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--cases", str(cases), "--seed", "17"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -37,6 +37,7 @@ def check(workers, numbers):
         assert not verdict, f"case {number}: {verdict} ({written(of)})"
 
 
+@pytest.mark.long
 def test_ten_situations(workers):
     check(workers, range(10))
 

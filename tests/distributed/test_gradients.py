@@ -127,7 +127,13 @@ def run_greedy(num_stages: int) -> list[tuple[tuple[int, int, int], float, float
 
 
 @pytest.mark.parametrize("num_stages", mostly_long([2, 4], default=[2]))
-@pytest.mark.parametrize("run", [run_interleaved, run_gpipe, run_zb_h1, run_greedy, run_staged])
+@pytest.mark.parametrize(
+    "run",
+    mostly_long(
+        [run_interleaved, run_gpipe, run_zb_h1, run_greedy, run_staged],
+        default=[run_interleaved, run_gpipe, run_zb_h1, run_staged],
+    ),
+)
 def test_gradients_of_other_schedules(workers, num_stages, run):
     for results in workers(num_stages).run(run, num_stages, timeout=240):
         for case, gradient_error, loss_error in results:

@@ -94,6 +94,7 @@ def test_a_job_that_is_told_to_end_saves_first(tmp_path, flags):
     assert "Traceback" not in job.text().partition("exiting program")[0]
 
 
+@pytest.mark.long
 def test_a_killed_rank_leaves_no_process(tmp_path):
     job = Job(tmp_path, 1)
     job.wait_for_a_checkpoint()

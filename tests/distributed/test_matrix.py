@@ -2,7 +2,7 @@
 
 Refusals are found by asking Megatron's command line; every pair that is not refused is in at least
 one step whose gradients are compared with a single process. To write the page anew:
-WRITE_COMPATIBILITY=1 pytest tests/distributed/test_matrix.py
+WRITE_COMPATIBILITY=1 pytest --all tests/distributed/test_matrix.py
 """
 
 import os
@@ -15,9 +15,8 @@ from tests.distributed.compatibility import Pair, page
 from tests.distributed.matrix import MATRIX, Row, case_of, flags_of
 from tests.distributed.megatron_model import worst_gradient_error
 from tests.programs import ask
-from tests.selection import mostly_long
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 NUM_RANKS = (2, 4, 8)
@@ -134,7 +133,7 @@ def errors(rows: list[Row]) -> list[float]:
     return [worst_gradient_error(case_of(row)) for row in rows]
 
 
-@pytest.mark.parametrize("num_ranks", mostly_long(NUM_RANKS, default=[2]))
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
 def test_gradients(workers, rows, seen, num_ranks):
     mine = [row for row in rows if case_of(row).num_ranks == num_ranks]
     by_rank = workers(num_ranks).run(errors, mine, timeout=500)
@@ -149,7 +148,6 @@ def test_every_number_of_ranks_runs(rows):
     assert {case_of(row).num_ranks for row in rows} == set(NUM_RANKS)
 
 
-@pytest.mark.long
 def test_the_page_says_what_was_seen(rows, seen, refusals):
     if set(seen) != set(rows):
         pytest.skip("needs the outcome of test_gradients for every number of ranks")

@@ -164,6 +164,7 @@ AHEAD = {
 }
 
 
-@pytest.mark.parametrize("schedule", mostly_long(SCHEDULES, default=["zb-h1"]))
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_multi_token_prediction(workers, schedule):
     check(workers, 2, [replace(case, **SCHEDULES[schedule]) for case in AHEAD.values()])
