@@ -8,7 +8,7 @@ from seq1f1b_tools.sweep.records import read_metrics
 from seq1f1b_tools.sweep.turns import RANK_SCRIPT
 from seq1f1b_tools.sweep.turns.conductor import Turns
 from seq1f1b_tools.sweep.turns.rank import Turn
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks
 
 
 class Run(threading.Thread):
@@ -105,7 +105,7 @@ def test_training_waits_for_its_turn(tmp_path, monkeypatch):
             turns.leave(1)
 
         threading.Thread(target=count, daemon=True).start()
-        run = torchrun(
+        run = run_ranks(
             2, RANK_SCRIPT, SCRIPTS / "plain_gpt.py", *ARGUMENTS, "--train-iters", 3,
             "--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 2,
             "--seq1f1b-metrics-file", metrics,
