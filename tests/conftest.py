@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,8 @@ from tests.workers import WorkerPool
 
 torch.set_num_threads(1)
 
+_BEGIN = pytest.StashKey[float]()
+
 # A busy machine must not fail a test; CI repeats the same examples.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -39,6 +42,24 @@ for _signal in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run tests that take minutes")
+    parser.addoption(
+        "--minutes", type=float, help="skip tests that take minutes when so much time has passed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Remember when the tests began."""
+    config.stash[_BEGIN] = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave ``long`` tests out on a machine that is too slow for all of them."""
+    minutes = item.config.getoption("--minutes")
+    if minutes is None or not item.get_closest_marker("long"):
+        return
+    if time.monotonic() - item.config.stash[_BEGIN] > 60 * minutes:
+        pytest.skip(f"--minutes {minutes:g} have passed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
