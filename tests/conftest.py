@@ -59,7 +59,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if minutes is None or not item.get_closest_marker("long"):
         return
     if time.monotonic() - item.config.stash[_BEGIN] > 60 * minutes:
-        pytest.skip(f"--minutes {minutes:g} have passed")
+        # a reason of its own, since pytest counts skips of the same reason and names none
+        pytest.skip(f"--minutes {minutes:g} have passed: {item.nodeid}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
