@@ -108,7 +108,8 @@ MORE = "--max-position-embeddings 8 --micro-batch-size 1 --train-iters 1 --mock-
 
 
 def parsed_by_megatron(*flags: str) -> tuple[dict[str, object], str | None]:
-    result = python("-c", MEGATRON, *(SIZES + MORE).split(), *flags)
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+    result = python("-c", MEGATRON, *(SIZES + MORE).split(), *flags, environ=no_gpu)
     assert result.returncode == 0, result.stderr
     return tuple(json.loads(result.stdout.splitlines()[-1]))
 
