@@ -14,9 +14,10 @@ and what it says where all actions of a kind are equal and a backward takes two 
 
 import argparse
 import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import megatron.adaptor
 
@@ -33,6 +34,13 @@ from seq1f1b.simulate import Costs, HostLink, Simulation, simulate
 
 SHARE = 0.5
 """Of the time that the busiest stage computes, what the loads of a step of one turn take."""
+
+
+class Named(Protocol):
+    """What has a name."""
+
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,23 @@ FIELD = (
     Contender("prefetched, default turns", one_turn=False),
     Contender("prefetched, shared root", shared=True),
 )
+
+
+def busiest(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds that the busiest stage computes in a step, of medians by stage."""
+    return max(map(statistics.median, zip(*(run["busy"] for run in runs), strict=True)))
+
+
+def run_in_turn[T: Named](
+    field: Sequence[T], rounds: int, run: Callable[[T], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return by its name what each contender's runs were, which must have the same loss."""
+    runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in field}
+    for _, contender in in_turn(field, rounds):
+        runs[contender.name].append(run(contender))
+    losses = {run["loss"] for each in runs.values() for run in each}
+    assert len(losses) == 1, f"the same micro-batches have losses {sorted(losses)}"
+    return runs
 
 
 class Bench:
@@ -126,7 +151,7 @@ class Bench:
         Rank 0's number is everybody's.
         """
         runs = [self.step(FIELD[0]) for _ in range(rounds + 1)][1:]
-        self.computing = max(map(statistics.median, zip(*(r["busy"] for r in runs), strict=True)))
+        self.computing = busiest(runs)
         chunk = max(sum(stage) for stage in self.weights) / self.options.chunks
         loaded = num_loads(self.options.chunks, self.options.slots) * chunk
         found = [self.computing, loaded / (SHARE * self.computing)]
@@ -135,13 +160,8 @@ class Bench:
 
     def measure(self) -> list[dict[str, Any]]:
         """Alternate all contenders and return a row for each."""
-        runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in FIELD}
-        for _, contender in in_turn(FIELD, self.options.rounds):
-            runs[contender.name].append(self.step(contender))
-        losses = {run["loss"] for each in runs.values() for run in each}
-        assert len(losses) == 1, f"the same micro-batches have losses {sorted(losses)}"
-        busy = [run["busy"] for run in runs[FIELD[0].name]]
-        computing = max(map(statistics.median, zip(*busy, strict=True)))
+        runs = run_in_turn(FIELD, self.options.rounds, self.step)
+        computing = busiest(runs[FIELD[0].name])
         return [self.row(contender, runs[contender.name], computing) for contender in FIELD]
 
     def row(
@@ -189,22 +209,25 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_model_arguments(parser, layers=8, hidden=256)
-    parser.set_defaults(**TINY, length=1024)
+def add_arguments(parser: argparse.ArgumentParser, *, micro_batches: int, rounds: int) -> None:
+    """Add what says how chunks visit the device, and how that is measured."""
     parser.add_argument("--chunks", type=int, default=4, help="model chunks of a stage")
     parser.add_argument("--slots", type=int, default=2, help="--offload-model-chunks")
-    parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, default=micro_batches)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--note", help="about the machine at the time, for the report")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
-    options = parser.parse_args()
-    be_a_stage()
-    bench = Bench(options)
-    bench.pace(rounds=2)
-    rows = bench.measure()
+
+
+def report(
+    options: argparse.Namespace,
+    bytes_per_second: float,
+    rows: Sequence[dict[str, Any]],
+    header: str,
+    line: Callable[[dict[str, Any]], str],
+    **others: Any,
+) -> None:
+    """Show the table of ``rows`` on rank 0; others: what else it says about the setting."""
     if dist.get_rank() == 0:
         about = about_model(
             options,
@@ -213,14 +236,28 @@ def main() -> None:
             chunks_a_stage=options.chunks,
             slots=options.slots,
             micro_batches=options.micro_batches,
-            link_MB_per_s=round(bench.bytes_per_second / 1e6, 2),
+            link_MB_per_s=round(bytes_per_second / 1e6, 2),
             threads_a_stage=1,
+            **others,
             alternating_rounds=options.rounds,
             **({"note": options.note} if options.note else {}),
         )
-        show(table(about, HEADER, map(line, rows)), options.output, about, rows)
+        show(table(about, header, map(line, rows)), options.output, about, rows)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser, layers=8, hidden=256)
+    parser.set_defaults(**TINY, length=1024)
+    add_arguments(parser, micro_batches=8, rounds=5)
+    options = parser.parse_args()
+    be_a_stage()
+    bench = Bench(options)
+    bench.pace(rounds=2)
+    report(options, bench.bytes_per_second, bench.measure(), HEADER, line)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import megatron.adaptor
@@ -23,15 +22,12 @@ import megatron.adaptor
 session = megatron.adaptor.install()
 
 import torch.distributed as dist
-from gpt import TINY, Trainer, about_model, add_model_arguments, be_a_stage, make_batch
+from gpt import TINY, Trainer, add_model_arguments, be_a_stage, make_batch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from report import show, table
-from turns import in_turn
+from offload import SHARE, add_arguments, busiest, report, run_in_turn
 
 from seq1f1b.schedule import num_loads
 
-SHARE = 0.5
-"""Of the time that the busiest stage computes, what the loads of a step take."""
 _ABOVE_ANY_NORM = 1e9
 
 
@@ -83,8 +79,7 @@ class Bench:
 
         Rank 0's number is everybody's.
         """
-        runs = [self.step(FIELD[0]) for _ in range(3)][1:]
-        computing = max(map(statistics.median, zip(*(r["busy"] for r in runs), strict=True)))
+        computing = busiest([self.step(FIELD[0]) for _ in range(3)][1:])
         chunks, slots = self.options.chunks, self.options.slots
         weights = sum(b.param_data.nbytes for c in self.trainer.chunks for b in c.buffers)
         found = [num_loads(chunks, slots) * weights / chunks / (SHARE * computing) / 1e9]
@@ -108,11 +103,7 @@ class Bench:
 
     def measure(self) -> list[dict[str, Any]]:
         """Alternate all contenders and return a row for each."""
-        runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in FIELD}
-        for _, contender in in_turn(FIELD, self.options.rounds):
-            runs[contender.name].append(self.run(contender))
-        losses = {run["loss"] for each in runs.values() for run in each}
-        assert len(losses) == 1, f"the same micro-batches have losses {sorted(losses)}"
+        runs = run_in_turn(FIELD, self.options.rounds, self.run)
         first = [run["seconds"] for run in runs[FIELD[0].name]]
         return [
             {
@@ -147,35 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser, layers=8, hidden=512)
     parser.set_defaults(**TINY, length=64)
-    parser.add_argument("--chunks", type=int, default=4, help="model chunks of a stage")
-    parser.add_argument("--slots", type=int, default=2, help="--offload-model-chunks")
-    parser.add_argument("--micro-batches", type=int, default=4)
+    add_arguments(parser, micro_batches=4, rounds=9)
     parser.add_argument("--steps", type=int, default=5, help="of a contender in a row")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--note", help="about the machine at the time, for the report")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     be_a_stage()
     bench = Bench(options)
     bench.pace()
-    rows = bench.measure()
-    if dist.get_rank() == 0:
-        about = about_model(
-            options,
-            tokens=options.length,
-            stages=dist.get_world_size(),
-            chunks_a_stage=options.chunks,
-            slots=options.slots,
-            micro_batches=options.micro_batches,
-            link_MB_per_s=round(1e3 * bench.settings.offload_gb_per_second, 2),
-            threads_a_stage=1,
-            steps_in_a_row=options.steps,
-            alternating_rounds=options.rounds,
-            **({"note": options.note} if options.note else {}),
-        )
-        show(table(about, HEADER, map(line, rows)), options.output, about, rows)
-    dist.barrier()
-    dist.destroy_process_group()
+    rate = bench.settings.offload_gb_per_second * 1e9
+    report(options, rate, bench.measure(), HEADER, line, steps_in_a_row=options.steps)
 
 
 if __name__ == "__main__":
