@@ -220,8 +220,8 @@ MUTANTS = (
     Mutant(
         "gradients that come back to the device count as complete",
         "megatron/adaptor/offload/slots.py",
-        "        if action == self._last_frees[chunk]:\n",
-        "        if True:\n",
+        "is_complete = self._reduces and action == self._last_frees[chunk]",
+        "is_complete = True",
         "tests/adaptor/test_offload_streams.py -k races",
     ),
     Mutant(
@@ -232,11 +232,18 @@ MUTANTS = (
         _ARRIVAL,
     ),
     Mutant(
-        "gradients are reduced while an update reads them",
-        "megatron/adaptor/offload/updates.py",
-        "if not any(buckets is group for groups in begun for group in groups):",
-        "if True:",
-        _ARRIVAL,
+        "gradients that were reduced on the device are reduced again at home",
+        "megatron/adaptor/offload/reductions.py",
+        "        if norms is None:\n",
+        "        if True:\n",
+        "tests/distributed/test_offload.py -k replicas",
+    ),
+    Mutant(
+        "norms are of gradients that change after their reduction",
+        "megatron/adaptor/offload/reductions.py",
+        "frozenset(chunk for chunk in chunks if not changes_of(chunk))",
+        "frozenset(chunks)",
+        _OFFLOAD,
     ),
     Mutant(
         "tied embeddings are updated before stages have summed their gradients",

@@ -21,6 +21,7 @@ from megatron.adaptor.layers.router_losses import RouterLosses
 from megatron.adaptor.layers.transformer_engine import EngineConfiguration
 from megatron.adaptor.offload import host_memory
 from megatron.adaptor.offload.homes import Homes
+from megatron.adaptor.offload.reductions import Reductions
 from megatron.adaptor.offload.updates import Updates
 from megatron.adaptor.patches import Attribute, Patch
 from megatron.adaptor.ranks import Ranks
@@ -46,6 +47,7 @@ class Session:
         self.attention = Attention(self.context)
         self.router_losses = RouterLosses(self.context)
         self.homes = Homes(lambda: self.settings)
+        self.reductions = Reductions()
         self.updates = Updates(lambda: self.settings)
         self.loop = Loop(self)
         self.args: argparse.Namespace | None = None
@@ -127,6 +129,7 @@ class Session:
             *Loading(lambda: self.args).patches(),
             *Room(lambda: self.args).patches(),
             *self.homes.patches(),
+            *self.reductions.patches(),
             *self.updates.patches(),
             *self.loop.patches(),
             *self.meter.patches(),

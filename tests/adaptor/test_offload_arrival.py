@@ -11,7 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.rerun_state_machine import RerunMode
 
 from megatron.adaptor.offload import updates as module
-from megatron.adaptor.offload.arrival import describe, hindrances, hindrances_of
+from megatron.adaptor.offload.arrival import changes, changes_of, decisions, describe
 from megatron.adaptor.offload.updates import UpdateError, Updates
 
 
@@ -37,14 +37,8 @@ class Model(torch.nn.Module):
         self.share_embeddings_and_output_weights = attributes.get("tied", False)
 
 
-def chunk(*, replicas: int = 1, scale: float = 1.0, tensor: int = 1, **attributes: Any) -> Any:
-    buffer = SimpleNamespace(data_parallel_world_size=replicas, gradient_scaling_factor=scale)
-    return SimpleNamespace(
-        module=Model(**attributes),
-        buffers=[],
-        expert_parallel_buffers=[buffer],
-        tp_group=Group(tensor),
-    )
+def chunk(*, tensor: int = 1, **attributes: Any) -> Any:
+    return SimpleNamespace(module=Model(**attributes), tp_group=Group(tensor))
 
 
 def chain(**changes: Any) -> Any:
@@ -60,6 +54,11 @@ def chain(**changes: Any) -> Any:
     return SimpleNamespace(chained_optimizers=[part]), SimpleNamespace(**config)
 
 
+def of_all(optimizer: Any, config: Any) -> list[str]:
+    """What keeps all chunks from an update on arrival."""
+    return decisions(optimizer) + changes(optimizer, config)
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Megatron's machine that decides whether a step is run again."""
@@ -69,7 +68,7 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, flag",
+    "options, flag",
     [
         ({"clip_grad": 1.0}, "--clip-grad 1 (must be 0)"),
         ({"grad_scaler": object()}, "--fp16 or --loss-scale"),
@@ -80,15 +79,15 @@ def machine(monkeypatch):
         ({"flextron": True}, "gradients that all stages sum"),
     ],
 )
-def test_what_the_end_of_a_step_decides_keeps_all_chunks_from_it(machine, changes, flag):
-    assert hindrances(*chain()) == []
-    assert hindrances(*chain(**changes)) == [flag]
+def test_what_the_end_of_a_step_decides_keeps_all_chunks_from_it(machine, options, flag):
+    assert of_all(*chain()) == []
+    assert of_all(*chain(**options)) == [flag]
 
 
 @pytest.mark.parametrize("mode", [RerunMode.VALIDATE_RESULTS, RerunMode.REPORT_DETERMINISM_STATS])
 def test_a_step_that_may_run_again_keeps_all_chunks_from_it(machine, mode):
     machine.get_mode = lambda: mode
-    assert hindrances(*chain()) == [f"--rerun-mode {mode.value} (must be disabled)"]
+    assert of_all(*chain()) == [f"--rerun-mode {mode.value} (must be disabled)"]
 
 
 EMBEDDINGS = ("pre_process", "post_process", "mtp_process")
@@ -97,8 +96,6 @@ EMBEDDINGS = ("pre_process", "post_process", "mtp_process")
 @pytest.mark.parametrize(
     "attributes, flag",
     [
-        ({"replicas": 2}, "several replicas (data, context or expert parallelism)"),
-        ({"scale": 0.5}, "several replicas (data, context or expert parallelism)"),
         ({"tensor": 2, "qk_layernorm": True}, "--sequence-parallel or --qk-layernorm"),
         *(
             ({"tied": True, of: True}, "no --untie-embeddings-and-output-weights")
@@ -107,25 +104,25 @@ EMBEDDINGS = ("pre_process", "post_process", "mtp_process")
         *(({"mtp_num_layers": 1, of: True}, "--mtp-num-layers") for of in EMBEDDINGS),
     ],
 )
-def test_gradients_that_ranks_reduce_keep_their_chunk_from_it(attributes, flag):
-    assert hindrances_of(chunk(**attributes)) == [flag]
+def test_gradients_that_ranks_sum_keep_their_chunk_from_it(attributes, flag):
+    assert changes_of(chunk(**attributes)) == [flag]
 
 
 @pytest.mark.parametrize("name", ["sequence_parallel", "average_gradients_across_tp_domain"])
-def test_gradients_that_tensor_parallel_ranks_reduce_keep_their_chunk_from_it(name):
+def test_gradients_that_tensor_parallel_ranks_sum_keep_their_chunk_from_it(name):
     other = chunk(tensor=2, sequence_parallel=True)
-    assert hindrances_of(other) == []
+    assert changes_of(other) == []
     setattr(other.module.q_layernorm.weight, name, True)
-    assert hindrances_of(other) == ["--sequence-parallel or --qk-layernorm"]
+    assert changes_of(other) == ["--sequence-parallel or --qk-layernorm"]
     other.tp_group = Group(1)
-    assert hindrances_of(other) == []
+    assert changes_of(other) == []
 
 
 def test_position_embeddings_of_several_stages_keep_their_chunk_from_it(monkeypatch):
     monkeypatch.setattr(parallel_state, "_POSITION_EMBEDDING_GROUP", Group(2))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert hindrances_of(chunk()) == []
-    found = hindrances_of(chunk(pre_process=True))
+    assert changes_of(chunk()) == []
+    found = changes_of(chunk(pre_process=True))
     assert found == ["position embeddings of several stages"]
 
 
@@ -134,7 +131,7 @@ def test_position_embeddings_of_several_stages_keep_their_chunk_from_it(monkeypa
     [{}, {"tied": True}, {"mtp_num_layers": 1}, {"tensor": 2}, {"post_process": True}],
 )
 def test_other_gradients_are_final_on_arrival(attributes):
-    assert hindrances_of(chunk(**attributes)) == []
+    assert changes_of(chunk(**attributes)) == []
 
 
 @pytest.mark.parametrize(
@@ -238,31 +235,6 @@ def test_each_chunk_is_updated_once_and_its_gradients_stay_for_the_norm(machine,
     assert training.of(1).index("norm") < training.of(1).index("zero")
     assert training.of(0) == ["prepare", "norm", "step", "zero", "sync"]
     training.begin()
-
-
-def test_gradients_that_an_update_reads_are_checked_but_not_reduced(machine, monkeypatch):
-    class Buckets:
-        def __init__(self, *, for_nan: bool) -> None:
-            self.ddp_config = SimpleNamespace(
-                check_for_nan_in_grad=for_nan, check_for_large_grads=False
-            )
-            self.check_grads = lambda *checks: done.append(checks)
-
-    def reduce(buckets: Any, *_: Any, **__: Any) -> None:
-        done.append(buckets)
-
-    training = Training(monkeypatch)
-    done: list[Any] = []
-    checked, unchecked, other = Buckets(for_nan=True), Buckets(for_nan=False), Buckets(for_nan=True)
-    for chunk, buckets in zip(
-        training.optimizer.model_chunks, ([other], [], [checked]), strict=True
-    ):
-        chunk.bucket_groups = buckets
-        chunk.expert_parallel_bucket_groups = [unchecked] if buckets == [checked] else []
-    training.expect(2)
-    for buckets in (checked, unchecked, other):
-        training.updates.start_grad_sync(reduce, buckets, force_all_reduce=False)
-    assert done == [(True, False), other]
 
 
 def test_the_lowest_chunk_that_waits_is_updated_first(machine, monkeypatch):

@@ -1,19 +1,31 @@
 """Copies beside computations of a GPU: their order, and where gradients end up."""
 
-from collections.abc import Callable
-from types import SimpleNamespace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.adaptor.offload.link import Copied, CudaLink
+from megatron.adaptor.offload.reductions import Reductions
 from megatron.adaptor.offload.slots import ChunkSlots
 from megatron.adaptor.offload.updates import Updates
 from seq1f1b.schedule import Action, Kind, Schedule, forward_only, interleaved, lower, visiting
 from tests.distributed.streams import RaceError, Streams
 
 SIZE = 6
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A flat buffer of Megatron's, as far as visits look at it."""
+
+    param_data: torch.Tensor
+    grad_data: torch.Tensor
+    params: list[Any]
+    param_index_map: dict[Any, Any]
 
 
 class Chunk(torch.nn.Module):
@@ -26,12 +38,7 @@ class Chunk(torch.nn.Module):
         data.copy_(self.weight.data.view(-1))
         self.weight.data, self.weight.main_grad = data.view(2, -1), gradient.view(2, -1)
         self.buffers = [  # type: ignore[assignment]
-            SimpleNamespace(
-                param_data=data,
-                grad_data=gradient,
-                params=[self.weight],
-                param_index_map={self.weight: (0, SIZE, 0)},
-            )
+            Buffer(data, gradient, [self.weight], {self.weight: (0, SIZE, 0)})
         ]
         self.expert_parallel_buffers: list[Any] = []
         self._held = self.weight.expand_as(self.weight).grad_fn.next_functions[0][0]
@@ -69,6 +76,17 @@ class OnArrival(Updates):
             self._done.pop(chunk).result()
 
 
+class Halved(Reductions):
+    """Takes the mean of gradients and of as many zeros."""
+
+    def begin(self, chunks: Any, optimizer: Any) -> None:
+        pass
+
+    def reduce(self, chunk: Any, gradients: Mapping[Any, Any]) -> None:
+        for of_buffer in gradients.values():
+            of_buffer.mul_(0.5)
+
+
 def descend(chunk: Any) -> None:
     for buffer in chunk.buffers:
         buffer.param_data.sub_(buffer.grad_data, alpha=0.1)
@@ -94,7 +112,7 @@ class Stage:
         self._on_arrival = on_arrival
         updates = OnArrival(self.streams) if on_arrival else Updates(lambda: None)
         self.slots = ChunkSlots(
-            self.chunks, num_slots, updates, link=link(self.streams), poison=True
+            self.chunks, num_slots, updates, Halved(), link=link(self.streams), poison=True
         )
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
         homes = [tensor for b in buffers for tensor in (b.param_data, b.grad_data)]
@@ -105,7 +123,7 @@ class Stage:
         with self.streams:
             graphs: dict[Action, Any] = {}
             trains = Kind.B in {action.kind for action in schedule.stages[0]}
-            self.slots.begin(schedule, 0)
+            self.slots.begin(schedule, 0, reduces=True)
             try:
                 for action in schedule.stages[0]:
                     self._do(action, graphs, trains=trains)
@@ -159,13 +177,10 @@ def test_nothing_races_and_weights_are_those_of_resident_chunks(
 
 
 class NotAfterComputations(CudaLink):
-    def start(self, direction: Any, num_bytes: int, copy: Any, after: Any = ()) -> Any:
-        lane = self._lanes[direction]
-        with self._cuda.stream(lane):
-            for copied in after:
-                copied.order()
-            copy()
-        return self._copied(lane)
+    @contextlib.contextmanager
+    def _lane(self, direction: Any) -> Iterator[Any]:
+        with self._cuda.stream(self._lanes[direction]):
+            yield self._lanes[direction]
 
 
 class NotAfterCopies(CudaLink):

@@ -291,7 +291,7 @@ def stage_chunks(case: Case, whole: Any, dtype: torch.dtype = torch.float32) -> 
     stage = parallel_state.get_pipeline_model_parallel_rank()
     config = _config(case, is_whole=False)
     config.params_dtype = config.pipeline_dtype = dtype
-    config.bf16 = dtype == torch.bfloat16
+    config.bf16, config.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     chunks = []
     for chunk in range(case.num_chunks):
         first = stage == 0 and chunk == 0
@@ -302,8 +302,8 @@ def stage_chunks(case: Case, whole: Any, dtype: torch.dtype = torch.float32) -> 
         for name, parameter in model.named_parameters():
             weight = ours[_whole_name(model, name, case)].data
             parameter.data.copy_(_share(parameter, name, weight, is_gated=config.gated_linear_unit))
-        if config.bf16:
-            model = Float16Module(config, model.bfloat16())
+        if config.bf16 or config.fp16:
+            model = Float16Module(config, model.to(dtype))
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(**case.ddp), model)
         ddp.zero_grad_buffer()
         chunks.append(ddp)

@@ -39,8 +39,10 @@ class Visits(NamedTuple):
     buffer_bytes: weights and gradients of all chunks; largest_bytes: of the largest one, of each
     kind, and planned_bytes of a slot. device_bytes: what they took of the device outside of the
     steps and in the optimizer. host_bytes: of all tensors that stay, and estimated_bytes of those.
-    late: steps that ended with updates under way. early: for each step, chunks whose update had
-    begun when the last backward did.
+    norms: -1 for steps that overflowed. late: steps that ended with updates under way. early: for
+    each step, chunks whose update had begun when the last backward did. reduced: chunks whose
+    gradients were reduced before they left the device, in all steps. weights_normed: those whose
+    gradient's norm was taken there, of so many, in the last step.
     """
 
     weights: str
@@ -59,6 +61,8 @@ class Visits(NamedTuple):
     estimated_bytes: float
     late: int
     early: list[int]
+    reduced: int
+    weights_normed: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Way:
     breaks: whether the first stage's last backward raises, and the optimizer is to be saved then.
     gpu: whether all is as beside a GPU but for the device itself; copies are on streams that, with
     the thread of updates, tell of races. pace, roots: of the link, in GB/s. clip: the largest norm
-    of gradients; 0 for any.
+    of gradients; 0 for any. fp16: with a loss scale at which the first steps overflow.
     """
 
     slots: int = 0
@@ -79,6 +83,7 @@ class Way:
     just_in_time: bool = False
     turn: int | None = None
     bf16: bool = False
+    fp16: bool = False
     steps: int = 10
     evaluates: bool = False
     moves: bool = False
@@ -92,7 +97,14 @@ class Way:
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
+        if self.fp16:
+            return torch.float16
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights have 2 bytes."""
+        return self.bf16 or self.fp16
 
     def settings(self, case: Case) -> Any:
         """Return what the flags would say."""
@@ -128,6 +140,7 @@ def train(case: Case, way: Way) -> Visits:
         _beside_a_gpu(session.updates) if way.gpu else contextlib.nullcontext(),
         _moved(ChunkSlots) if way.moves else contextlib.nullcontext(),
         _slow_updates(session.updates, fails=way.fails, breaks=way.breaks) as early,
+        _noted_reductions(session.reductions) as reduced,
     ):
         training = _Training(case, way, session, whole)
         if way.breaks:
@@ -140,7 +153,7 @@ def train(case: Case, way: Way) -> Visits:
             if way.evaluates:
                 training.evaluate()
         session.updates.settle_all()
-    return training.visits(early)
+    return training.visits(early, reduced)
 
 
 class _Training:
@@ -152,9 +165,12 @@ class _Training:
         from megatron.adaptor.offload.slots import Traffic
 
         self.case, self.way, self.session = case, way, session
-        ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": way.bf16} | case.ddp
+        ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": way.is_half} | case.ddp
         self.chunks = stage_chunks(replace(case, ddp=ddp), whole, way.dtype)
         self.optimizer = _adamw(self.chunks, way)
+        if way.fp16:
+            for chunk in self.chunks:
+                chunk.config.grad_scale_func = self.optimizer.scale_loss
         for one in self.optimizer.chained_optimizers:
             one.optimizer.register_step_pre_hook(self.weigh)
         self.mine = micro_batches(case)[parallel_state.get_data_parallel_rank() :: case.replicas]
@@ -164,6 +180,7 @@ class _Training:
         self.traffic = Traffic()
         self.device_bytes: set[int] = set()
         self.late = 0
+        self.num_normed = 0
 
     def step(self) -> None:
         """Run forwards and backwards, and update the weights."""
@@ -178,7 +195,8 @@ class _Training:
             self.traffic = last.traffic
             self.loads.append(last.traffic.loads)
         _, norm, _ = self.optimizer.step()
-        self.norms.append(float(norm))
+        self.norms.append(-1.0 if norm is None else float(norm))
+        self.num_normed = len(self.session.reductions._norms)
         self.late += any(self.session.updates.are_under_way(chunk) for chunk in self.chunks)
         self.weigh()
 
@@ -213,19 +231,19 @@ class _Training:
         if way.slots and loop._slots_of == (self.chunks, way.slots, way.pace, way.roots):
             self.device_bytes.add(_device_bytes(self.chunks, loop._slots))
 
-    def visits(self, early: list[int]) -> Visits:
+    def visits(self, early: list[int], reduced: list[Any]) -> Visits:
         """Return what all steps were."""
         from megatron.core import parallel_state
 
         from megatron.adaptor.offload.host_memory import host_bytes
         from seq1f1b.offload.planning.memory import slot_sizes
 
-        chunks, traffic = self.chunks, self.traffic
+        chunks, traffic, optimizer = self.chunks, self.traffic, self.optimizer
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        setting = _setting(self.case, bf16=self.way.bf16)
+        setting = _setting(self.case, self.way)
         return Visits(
             weights=_hash(p for chunk in chunks for p in chunk.parameters()),
-            states=_hash(_states(self.optimizer)),
+            states=_hash(_states(optimizer)),
             losses=self.losses,
             norms=self.norms,
             loads=self.loads,
@@ -236,10 +254,12 @@ class _Training:
             largest_bytes=_largest_bytes(chunks),
             planned_bytes=sum(slot_sizes(setting, stage, num_slots=1)),
             device_bytes=self.device_bytes,
-            host_bytes=_host_bytes(chunks, self.optimizer),
+            host_bytes=_host_bytes(chunks, optimizer),
             estimated_bytes=host_bytes(setting, [stage]),
             late=self.late,
             early=early,
+            reduced=len(reduced),
+            weights_normed=(self.num_normed, len(list(_weights(optimizer)))),
         )
 
 
@@ -252,6 +272,9 @@ def _adamw(chunks: list[Any], way: Way) -> Any:
         weight_decay=0.01,
         clip_grad=way.clip,
         bf16=way.bf16,
+        fp16=way.fp16,
+        initial_loss_scale=2.0**20,
+        hysteresis=1,
         params_dtype=way.dtype,
         use_distributed_optimizer=True,
     )
@@ -275,11 +298,16 @@ def _hash(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def _states(optimizer: Any) -> Iterator[torch.Tensor]:
+    for one, parameter in _weights(optimizer):
+        state = one.optimizer.state[parameter]
+        yield from (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"])
+
+
+def _weights(optimizer: Any) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield the weights of each optimizer of a chain."""
     for one in optimizer.chained_optimizers:
         for group in one.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = one.optimizer.state[parameter]
-                yield from (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            yield from ((one, parameter) for parameter in group["params"])
 
 
 def _buffers(chunk: Any) -> list[Any]:
@@ -306,16 +334,14 @@ def _device_bytes(chunks: list[Any], slots: Any) -> int:
 def _host_bytes(chunks: list[Any], optimizer: Any) -> int:
     """Weigh the home of all chunks, and what the optimizer keeps of them."""
     tensors = [t for c in chunks for b in _buffers(c) for t in (b.param_data, b.grad_data)]
-    for one in optimizer.chained_optimizers:
-        for group in one.optimizer.param_groups:
-            tensors += group["params"]
-        for state in one.optimizer.state.values():
-            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    for one, parameter in _weights(optimizer):
+        state = one.optimizer.state[parameter]
+        tensors += [parameter, state["exp_avg"], state["exp_avg_sq"]]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _setting(case: Case, *, bf16: bool) -> Any:
+def _setting(case: Case, way: Way) -> Any:
     """Return what the planner knows of a case."""
     from seq1f1b.planner.resolve import resolve
 
@@ -334,7 +360,8 @@ def _setting(case: Case, *, bf16: bool) -> Any:
         "tensor_model_parallel_size": case.tensor,
         "global_batch_size": case.num_stages * case.replicas,
         "use_distributed_optimizer": True,
-        "bf16": bf16,
+        "bf16": way.bf16,
+        "fp16": way.fp16,
     }
     if case.experts:
         options |= {"num_experts": 4, "moe_router_topk": 2, "add_bias_linear": False}
@@ -392,6 +419,21 @@ def _slow_updates(updates: Any, *, fails: bool, breaks: bool) -> Iterator[list[i
 
 
 @contextlib.contextmanager
+def _noted_reductions(reductions: Any) -> Iterator[list[Any]]:
+    """Tell of model chunks whose gradients are reduced before they leave the device."""
+    reduced: list[Any] = []
+    reduce = reductions.reduce
+
+    def note(chunk: Any, gradients: Any) -> None:
+        reduced.append(chunk)
+        reduce(chunk, gradients)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reductions, "reduce", note)
+        yield reduced
+
+
+@contextlib.contextmanager
 def _beside_a_gpu(updates: Any) -> Iterator[None]:
     """Take the CPU for a GPU that has memory of its own, and look for races with its copies."""
     from megatron.adaptor.cpu import device
@@ -402,10 +444,10 @@ def _beside_a_gpu(updates: Any) -> Iterator[None]:
 
     streams, begin = Streams(), ChunkSlots.begin
 
-    def watched(self: Any, *arguments: Any) -> None:
+    def watched(self: Any, *arguments: Any, **options: Any) -> None:
         buffers = [buffer for chunk in self._chunks for buffer in _buffers(chunk)]
         streams.watch(self.tensors, [t for b in buffers for t in (b.param_data, b.grad_data)])
-        begin(self, *arguments)
+        begin(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, streams:
         patch.setattr(device, "has_gpu", lambda: True)

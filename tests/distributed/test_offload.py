@@ -23,6 +23,7 @@ V4 = Case(2, 4, 1, num_chunks=4, layers=8, length=16)
 V8 = Case(2, 2, 1, num_chunks=8, layers=16, length=16)
 ONE = {"turn": 1000}
 BF16 = {"bf16": True}
+FP16 = {"fp16": True}
 FEW = {"steps": 5}  # of 10, for shapes that take longer
 FREE = ONE | {"clip": 0.0}  # gradients of any norm, which lets updates begin on their arrival
 
@@ -68,6 +69,7 @@ GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "v8 recomputed": (cut(V8, recompute=True), ONE | FEW, [way(1, LATE)]),
     "tied": (cut(V4, tied=True, recompute_loss=True), ONE | BF16, [way(2, LATE)]),
+    "v4 fp16": (cut(V4), ONE | FP16, [way(1, EARLY), way(2, LATE), way(3, LATE) | PACED]),
     "per token": (cut(V2, per_token=True), ONE, [way(1, LATE, EARLY)]),
     "packed": (cut(V4, documents="cu_seqlens"), ONE | FEW, [way(2, LATE, EARLY)]),
     "experts": (cut(V2, experts="aux_loss"), ONE, [way(1, LATE)]),
@@ -127,8 +129,12 @@ GRID: dict[str, tuple[Case, dict[str, Any], list[dict[str, Any]]]] = {
         FREE | BF16 | FEW,
         [way(1, LATE)],
     ),
-    "no arrival, replicas": (replace(V2, replicas=2), FREE | FEW, [way(1, LATE, EARLY)]),
-    "no arrival, experts dealt": (
+    "arrival, replicas": (
+        replace(V4, replicas=2),
+        FREE | BF16 | FEW,
+        [way(1, LATE), way(2, LATE, EARLY) | PACED, way(2, LATE, EARLY, GPU)],
+    ),
+    "arrival, experts dealt": (
         replace(V2, experts="aux_loss", experts_shared=2, replicas=2),
         FREE | FEW,
         [way(1, LATE)],
@@ -142,10 +148,18 @@ def num_early(case: Case, common: dict[str, Any], rank: int) -> int:
 
     The last backward is chunk 0's.
     """
-    if common.get("clip") != 0.0 or case.per_token or case.replicas > 1 or case.sequence_parallel:
+    if common.get("clip") != 0.0:
         return 0
-    is_last_stage = rank >= case.num_ranks - case.num_ranks // case.num_stages
-    return case.num_chunks - 1 - (case.tied and is_last_stage)
+    return sum(final_chunks(case, rank)[1:])
+
+
+def final_chunks(case: Case, rank: int) -> list[bool]:
+    """Return for each model chunk of a rank whether its gradients stay after their reduction."""
+    stage = rank // (case.num_ranks // case.num_stages)
+    is_final = [not case.per_token and not case.sequence_parallel] * case.num_chunks
+    if case.tied and stage in (0, case.num_stages - 1):
+        is_final[-1 if stage else 0] = False
+    return is_final
 
 
 @pytest.mark.parametrize("name", mostly_long(GRID, default=["tied", "beside a gpu", "arrival"]))
@@ -157,17 +171,33 @@ def test_training_is_bit_for_bit_the_same(workers, name):
         for how, offloaded in zip(ways, others, strict=True):
             assert same(resident, offloaded), how
             assert offloaded.device_bytes == {how["slots"] * offloaded.largest_bytes}
-            assert offloaded.late == (len(offloaded.norms) if LATE in how else 0)
+            num_updates = len(offloaded.norms) - offloaded.norms.count(-1.0)
+            assert offloaded.late == (num_updates if LATE in how else 0)
+            assert 0 < num_updates <= len(offloaded.norms) - ("fp16" in common)
             early = num_early(case, common, rank) if LATE in how else 0
             assert offloaded.early == [early] * len(offloaded.norms)
             check_traffic(case, common, how["slots"], offloaded)
+            check_reductions(case, common, rank, offloaded)
+
+
+def check_reductions(case: Case, common: dict[str, Any], rank: int, visits: Visits) -> None:
+    """Compare what was reduced, and of what norms were taken, before it left the device."""
+    assert visits.reduced == case.num_chunks * len(visits.norms)
+    num_normed, num_weights = visits.weights_normed
+    is_final = [is_final and "fp16" not in common for is_final in final_chunks(case, rank)]
+    if all(is_final):
+        assert num_normed == num_weights
+    elif any(is_final):
+        assert num_weights / 2 < num_normed < num_weights
+    else:
+        assert num_normed == 0
 
 
 def check_traffic(case: Case, common: dict[str, Any], slots: int, visits: Visits) -> None:
     """Compare what the copies counted with what the buffers hold."""
     one_turn = common["turn"] == 1000
     loads = num_loads(case.num_chunks, slots, 1 if one_turn else 2)
-    are_wider = "bf16" in common and case.ddp.get("grad_reduce_in_fp32", True)
+    are_wider = bool(common.keys() & {"bf16", "fp16"}) and case.ddp.get("grad_reduce_in_fp32", True)
     gradients = visits.buffer_bytes * (4 / 6 if are_wider else 1 / 2)
     if one_turn:
         assert visits.loads == [loads] * len(visits.loads)

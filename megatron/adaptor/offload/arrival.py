@@ -1,7 +1,8 @@
 """Whether a model chunk's gradients are final once they have arrived in host memory.
 
-The optimizer may then update the chunk while its step still computes. Where they are not, Megatron
-changes them at the end of the step, decides there whether to use them, or may run the step again.
+Their norm may then be taken before, and the optimizer may update the chunk while its step still
+computes, unless Megatron decides at the end of the step whether to use them, or may run it again.
+Where they are not final, Megatron changes them at the end of the step.
 """
 
 import math
@@ -14,22 +15,32 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size
 
 
-def hindrances(optimizer: Any, config: Any) -> list[str]:
-    """Return what makes the gradients of all chunks wait for the end of the step, by flag.
+def decisions(optimizer: Any) -> list[str]:
+    """Return what at the end of the step decides whether gradients are used, by flag.
 
-    optimizer: Megatron's chain for all chunks. config: Megatron's of the model.
+    optimizer: Megatron's chain for all chunks.
     """
-    parts = [one for one in optimizer.chained_optimizers if not one.is_stub_optimizer]
+    parts = _parts(optimizer)
     clip = max((one.config.clip_grad for one in parts), default=0.0)
     mode = get_rerun_state_machine().get_mode()
     found = {
         f"--clip-grad {clip:g} (must be 0)": clip > 0,
         f"--rerun-mode {mode.value} (must be disabled)": mode is not RerunMode.DISABLED,
-        "--fp16 or --loss-scale": any(one.grad_scaler is not None for one in parts),
-        "--calculate-per-token-loss": config.calculate_per_token_loss,
         "grad_norm_skip_threshold": any(
             math.isfinite(one.config.grad_norm_skip_threshold) for one in parts
         ),
+    }
+    return [flag for flag, decides in found.items() if decides]
+
+
+def changes(optimizer: Any, config: Any) -> list[str]:
+    """Return what changes the gradients of all chunks after their reduction, by flag.
+
+    optimizer: Megatron's chain for all chunks. config: Megatron's of the model.
+    """
+    found = {
+        "--fp16 or --loss-scale": any(one.grad_scaler is not None for one in _parts(optimizer)),
+        "--calculate-per-token-loss": config.calculate_per_token_loss,
         "finalize_model_grads_func is not Megatron's": (
             config.finalize_model_grads_func is not finalize_model_grads
         ),
@@ -37,23 +48,18 @@ def hindrances(optimizer: Any, config: Any) -> list[str]:
             getattr(config, "has_cond_embedder", False) or getattr(config, "flextron", False)
         ),
     }
-    return [flag for flag, hinders in found.items() if hinders]
+    return [flag for flag, applies in found.items() if applies]
 
 
-def hindrances_of(chunk: Any) -> list[str]:
-    """Return what makes the gradients of one ``chunk`` (Megatron's DDP) wait, by flag."""
+def changes_of(chunk: Any) -> list[str]:
+    """Return what changes gradients of one ``chunk`` (Megatron's DDP) after their reduction."""
     config = get_model_config(chunk)
     model = get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
     has_embedding = any(
         getattr(model, name, False) for name in ("pre_process", "post_process", "mtp_process")
     )
     positions = parallel_state.get_position_embedding_group(check_initialized=False)
-    buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
     found = {
-        "several replicas (data, context or expert parallelism)": any(
-            buffer.data_parallel_world_size > 1 or buffer.gradient_scaling_factor != 1.0
-            for buffer in buffers
-        ),
         "--sequence-parallel or --qk-layernorm": (
             chunk.tp_group.size() > 1
             and any(
@@ -67,7 +73,11 @@ def hindrances_of(chunk: Any) -> list[str]:
         "--mtp-num-layers": has_embedding and bool(config.mtp_num_layers),
         "position embeddings of several stages": has_embedding and get_pg_size(positions) > 1,
     }
-    return [flag for flag, hinders in found.items() if hinders]
+    return [flag for flag, applies in found.items() if applies]
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return [one for one in optimizer.chained_optimizers if not one.is_stub_optimizer]
 
 
 def _is_summed_over_tensor_ranks(name: str, parameter: Any, config: Any) -> bool:

@@ -23,6 +23,8 @@ from megatron.adaptor.cpu import device
 
 Copy = Callable[[], None]
 """Copies when it is called."""
+Work = Callable[[], None]
+"""Computes, and may exchange, when it is called."""
 
 
 class Copied(NamedTuple):
@@ -46,6 +48,10 @@ class Direction(StrEnum):
 class Link(Protocol):
     """What makes copies, those of one direction one after the other."""
 
+    def compute(self, direction: Direction, work: Work) -> None:
+        """Queue ``work`` of the device before the next copy, behind all computations so far."""
+        ...
+
     def start(
         self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
     ) -> Copied:
@@ -59,6 +65,10 @@ class Link(Protocol):
 
 class DirectLink:
     """Makes every copy at once: it is done when ``start`` returns."""
+
+    def compute(self, direction: Direction, work: Work) -> None:
+        """See Link."""
+        work()
 
     def start(
         self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
@@ -85,6 +95,10 @@ class PacedLink:
             direction: ThreadPoolExecutor(1, thread_name_prefix=f"copies {direction}")
             for direction in Direction
         }
+
+    def compute(self, direction: Direction, work: Work) -> None:
+        """See Link. The device that computes is the host, beside the thread that copies."""
+        work()
 
     def start(
         self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
@@ -147,13 +161,16 @@ class CudaLink:
         self._cuda = cuda
         self._lanes = {direction: cuda.Stream() for direction in Direction}
 
+    def compute(self, direction: Direction, work: Work) -> None:
+        """See Link. Later computations do not wait for ``work``."""
+        with self._lane(direction):
+            work()
+
     def start(
         self, direction: Direction, num_bytes: int, copy: Copy, after: Sequence[Copied] = ()
     ) -> Copied:
         """See Link."""
-        lane = self._lanes[direction]
-        lane.wait_stream(self._cuda.current_stream())
-        with self._cuda.stream(lane):
+        with self._lane(direction) as lane:
             for copied in after:
                 copied.order()
             copy()
@@ -163,6 +180,14 @@ class CudaLink:
         """See Link."""
         for lane in self._lanes.values():
             lane.synchronize()
+
+    @contextlib.contextmanager
+    def _lane(self, direction: Direction) -> Iterator[Any]:
+        """Queue what is called in the block behind all that the current stream has so far."""
+        lane = self._lanes[direction]
+        lane.wait_stream(self._cuda.current_stream())
+        with self._cuda.stream(lane):
+            yield lane
 
     def _copied(self, lane: Any) -> Copied:
         # blocking: a thread that waits leaves its core to others

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.adaptor.offload.link import Copied, Direction, DirectLink, Link
+from megatron.adaptor.offload.reductions import Reductions
 from megatron.adaptor.offload.updates import Updates
 from seq1f1b.schedule import Action, Kind, Schedule, residencies
 
@@ -57,12 +58,13 @@ class ChunkSlots:
         chunks: Sequence[Any],
         num_slots: int,
         updates: Updates,
+        reductions: Reductions,
         *,
         device: torch.device | int | str = "cpu",
         link: Link | None = None,
         poison: bool = False,
     ) -> None:
-        self._chunks, self._updates = chunks, updates
+        self._chunks, self._updates, self._reductions = chunks, updates, reductions
         self._link = link or DirectLink()
         self._buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in chunks]
         self._poison = poison
@@ -95,6 +97,7 @@ class ChunkSlots:
         self._slot_of: Sequence[int] = ()
         self._going_backward: Mapping[Action, bool] = {}
         self._last_frees: Mapping[int, Action] = {}  # by chunk: when its gradients are complete
+        self._reduces = False
         self.traffic = Traffic()
 
     @property
@@ -107,8 +110,10 @@ class ChunkSlots:
         """Bytes of all slots, which are all that weights and gradients take of the device."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def begin(self, schedule: Schedule, stage: int) -> None:
+    def begin(self, schedule: Schedule, stage: int, *, reduces: bool) -> None:
         """Begin a step of ``schedule``, whose visits these will be.
+
+        reduces: whether the step ends with Megatron's own reduction of all gradients.
 
         Raises UpdateError after a step that ended between updates.
         """
@@ -118,7 +123,9 @@ class ChunkSlots:
         visits = residencies(schedule.stages[stage], self._slot_of)
         self._going_backward = {visit.load: visit.goes_backward for visit in visits}
         self._last_frees = {visit.chunk: visit.free for visit in visits if visit.goes_backward}
+        self._reduces = reduces
         self._updates.begin(self._chunks, trains=bool(self._last_frees))
+        self._reductions.begin(self._chunks, self._updates.optimizer_of(self._chunks))
         self._partial = set()
         self.traffic = Traffic()
 
@@ -176,11 +183,16 @@ class ChunkSlots:
         under_way = self._updates.are_under_way(self._chunks[chunk])
         assert not under_way, f"{action}: the update of the last step still reads gradients"
         self._partial.add(chunk)
+        is_complete = self._reduces and action == self._last_frees[chunk]
+        if is_complete:
+            gradients = {buffer: place.gradients for buffer, place in places}
+            reduce = partial(self._reductions.reduce, self._chunks[chunk], gradients)
+            self._link.compute(Direction.OUT, reduce)
         num_bytes = sum(buffer.grad_data.nbytes for buffer, _ in places)
         self.traffic.gradients_out += num_bytes
         leaving = self._link.start(Direction.OUT, num_bytes, partial(self._take_home, places))
         self._leaving[slot] = leaving
-        if action == self._last_frees[chunk]:
+        if is_complete:
             self._updates.expect(self._chunks[chunk], leaving.synchronize)
 
     def end(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron.adaptor.offload.arrival import describe, hindrances, hindrances_of
+from megatron.adaptor.offload.arrival import changes, changes_of, decisions, describe
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.reports.console import print_first
 from seq1f1b.errors import Seq1F1BError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron.adaptor.command_line.settings import Settings
 
 _CHAIN = "megatron.core.optimizer.optimizer:ChainedOptimizer"
-_BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
+_BUFFER = "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer"
 _WANT_ALL = (
     f"{_CHAIN}.state_dict",
     f"{_CHAIN}.sharded_state_dict",
@@ -61,11 +61,10 @@ class Updates:
     def patches(self) -> list[Patch]:
         """Return what is replaced around Megatron's optimizer, and around what reads weights."""
         return [
-            Patch(f"{_BUFFERS}:_ParamAndGradBucketGroup.start_grad_sync", self.start_grad_sync),
             Patch(f"{_CHAIN}.prepare_grads", self.prepare_grads),
             Patch(f"{_CHAIN}.step_with_ready_grads", self.step),
             Patch(f"{_CHAIN}.zero_grad", self.zero_grad),
-            Patch(f"{_BUFFERS}:_ParamAndGradBuffer.reset", self.reset),
+            Patch(f"{_BUFFER}.reset", self.reset),
             *(Patch(target, self.after_all) for target in _WANT_ALL),
             Patch("megatron.training.training:train", self.train),
         ]
@@ -73,18 +72,15 @@ class Updates:
     def begin(self, chunks: Sequence[Any], *, trains: bool) -> None:
         """Begin a step of ``chunks`` (Megatron's DDP), and choose those to update on arrival.
 
-        The optimizer is the one whose gradients were zeroed last. Raises UpdateError after a step
-        that was left between updates.
+        Raises UpdateError after a step that was left between updates.
         """
         self._check_whole()
         self._on_arrival = frozenset()
-        settings, optimizer = self._settings(), self._optimizer
-        if not trains or settings is None or not settings.offload_just_in_time:
+        settings, optimizer = self._settings(), self.optimizer_of(chunks)
+        if not trains or settings is None or not settings.offload_just_in_time or optimizer is None:
             return
-        if optimizer is None or not set(chunks) <= set(optimizer.model_chunks):
-            return
-        of_all = hindrances(optimizer, get_model_config(chunks[0]))
-        found = [of_all or hindrances_of(chunk) for chunk in chunks]
+        of_all = decisions(optimizer) + changes(optimizer, get_model_config(chunks[0]))
+        found = [of_all or changes_of(chunk) for chunk in chunks]
         self._on_arrival = frozenset(
             chunk for chunk, flags in zip(chunks, found, strict=True) if not flags
         )
@@ -92,23 +88,17 @@ class Updates:
             self._has_told = True
             print_first(describe(found))
 
+    def optimizer_of(self, chunks: Sequence[Any]) -> Any:
+        """Return the optimizer whose gradients were zeroed last, if it is that of ``chunks``."""
+        optimizer = self._optimizer
+        is_theirs = optimizer is not None and set(chunks) <= set(optimizer.model_chunks)
+        return optimizer if is_theirs else None
+
     def expect(self, chunk: Any, arrived: Callable[[], None]) -> None:
         """Update ``chunk`` once ``arrived`` returns, if its gradients are then complete."""
         if chunk in self._on_arrival:
             self._start(self._optimizer, chunk, arrived)
             self._begun.append(chunk)
-
-    def start_grad_sync(
-        self, original: Callable[..., None], buckets: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Leave gradients alone that an update reads, which are those of the only replica."""
-        begun = [c.bucket_groups + c.expert_parallel_bucket_groups for c in self._begun]
-        if not any(buckets is group for groups in begun for group in groups):
-            original(buckets, *args, **kwargs)
-            return
-        checks = buckets.ddp_config.check_for_nan_in_grad, buckets.ddp_config.check_for_large_grads
-        if any(checks):
-            buckets.check_grads(*checks)
 
     def prepare_grads(self, original: Callable[..., bool], optimizer: Any) -> bool:
         """Wait for updates of the step before, and prepare gradients of this step's only once."""

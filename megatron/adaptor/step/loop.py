@@ -197,6 +197,7 @@ class Loop:
                 chunks,
                 number,
                 self._session.updates,
+                self._session.reductions,
                 device=torch.cuda.current_device(),
                 link=link_of(pace, roots, arguments.groups.pp.rank()),
                 poison=settings.poison,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
@@ -249,7 +250,11 @@ class Step:
         if self.slots is None:
             yield
             return
-        self.slots.begin(self.plan.schedule, self.stage)
+        reduces = (
+            self.config.finalize_model_grads_func is finalize_model_grads
+            and not self.arguments.force_all_reduce
+        )
+        self.slots.begin(self.plan.schedule, self.stage, reduces=reduces)
         try:
             yield
         finally:
