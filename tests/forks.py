@@ -1,7 +1,8 @@
-"""Processes that begin with torch imported: forks of a server that has done it once.
+"""Processes that begin with torch imported, or Megatron too: forks of servers that did it once.
 
-They import Megatron, the project and the script themselves, as a new interpreter would. What it
-takes to import torch, twice the rest, is spent once for all tests.
+Those of ``FORKS`` import Megatron, the project and the script themselves, as a new interpreter
+does. A ``MegatronFork`` begins with the adaptor installed and Megatron imported. What takes each
+rank seconds is spent once for all tests.
 """
 
 import atexit
@@ -16,25 +17,48 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import context, get_context, parent_process, set_start_method
+from multiprocessing import (
+    context,
+    forkserver,
+    get_context,
+    parent_process,
+    popen_forkserver,
+    set_start_method,
+)
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
-FORKS: context.ForkServerContext = get_context("forkserver")
+import torch
+
 # Those that cannot be imported are left out.
-FORKS.set_forkserver_preload(
-    [
-        "pytest",
-        "torch",
-        "torch._inductor.compile_fx",
-        "torch.distributed.checkpoint",
-        "torch.distributed.run",
-        "torch.distributed.tensor",
-        "torch.utils.tensorboard",
-        "transformers.modeling_utils",
-    ]
-)
+_PRELOADED = [
+    "pytest",
+    "torch",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.run",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard",
+    "transformers.modeling_utils",
+]
+FORKS: context.ForkServerContext = get_context("forkserver")
+FORKS.set_forkserver_preload(_PRELOADED)
+
+
+class MegatronFork(context.ForkServerProcess):
+    """A process that begins with the adaptor installed and Megatron imported."""
+
+    _server = forkserver.ForkServer()
+    _server.set_forkserver_preload([*_PRELOADED, "tests.megatron_preload"])
+
+    @staticmethod
+    def _Popen(process: BaseProcess) -> popen_forkserver.Popen:
+        connect = MegatronFork._server.connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            return popen_forkserver.Popen(process)
 
 
 def end_with_runner() -> None:
@@ -56,12 +80,14 @@ def python(
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float = 300.0,
+    with_megatron: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python *arguments`` in forks, with ``text`` as its input; return what it printed.
 
     num_ranks: as many processes, with torchrun's variables, of which the first that fails ends the
-    others. None: one process without.
+    others. None: one process without. with_megatron: in each a MegatronFork.
     """
+    make = MegatronFork if with_megatron else FORKS.Process
     words = [str(word) for word in arguments]
     ranks = [{}] if num_ranks is None else _places(num_ranks)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +95,7 @@ def python(
         files["stdin"].write_text(text)
         variables = {**os.environ, **(environ or {})}
         processes = [
-            FORKS.Process(
+            make(
                 target=_run, args=(words, variables | place, cwd or Path.cwd(), files), daemon=False
             )
             for place in ranks
@@ -125,6 +151,10 @@ def _run(
     set_start_method(None, force=True)  # that of a new interpreter
     os.environ.clear()
     os.environ.update(variables)
+    if int(variables.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        torch.set_num_threads(1)  # as torchrun has it
+    if "tests.megatron_preload" in sys.modules:
+        sys.modules["tests.megatron_preload"].prefer_loopback()
     sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(cwd)
     _redirect(0, os.open(files["stdin"], os.O_RDONLY))

@@ -10,9 +10,17 @@ from tests.forks import python
 _MARK = "ANSWER"
 
 
-def ask(program: str, question: Any, **environ: str) -> Any:
-    """Return what ``program`` prints as JSON behind ANSWER when it reads ``question`` as JSON."""
-    run = python("-c", program, text=json.dumps(question), environ=environ)
+def ask(program: str, question: Any, *, with_megatron: bool = True, **environ: str) -> Any:
+    """Return what ``program`` prints as JSON behind ANSWER when it reads ``question`` as JSON.
+
+    with_megatron: whether Megatron has been imported when the program installs the adaptor.
+    """
+    run = python(
+        *("-c", program),
+        text=json.dumps(question),
+        environ=environ,
+        with_megatron=with_megatron,
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     found = next(line for line in run.stdout.splitlines() if line.startswith(_MARK))
     return json.loads(found.removeprefix(_MARK))

@@ -1,4 +1,4 @@
-"""Worker ranks that stay alive from test to test, because importing Megatron takes seconds."""
+"""Worker ranks that stay alive from test to test."""
 
 import os
 import queue
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.forks import FORKS, end_with_runner
+from tests.forks import FORKS, MegatronFork, end_with_runner
 
 
 class WorkerError(AssertionError):
@@ -70,7 +70,7 @@ class WorkerPool:
         self._inboxes = [FORKS.Queue() for _ in range(self.size)]
         store = Path(tempfile.mkdtemp()) / "store"
         self._processes = [
-            FORKS.Process(
+            MegatronFork(
                 target=_serve,
                 args=(rank, self.size, str(store), inbox, self._outbox),
                 daemon=True,

@@ -31,7 +31,7 @@ print("ANSWER" + json.dumps([rows, listing()]))
 
 @pytest.fixture(scope="module")
 def megatron():
-    return ask(_PROGRAM, None)
+    return ask(_PROGRAM, None, with_megatron=False)
 
 
 def test_names_types_and_defaults_are_megatrons(megatron):

@@ -32,7 +32,10 @@ def records(monkeypatch, folder, flags, *others, device_only=False):
     files = [folder / f"rank_{rank}.json" for rank in range(2)]
     for file in files:
         file.unlink(missing_ok=True)
-    run = run_ranks(2, SCRIPTS / "recorded_gpt.py", *ARGUMENTS, *_LOCAL, *flags, *others)
+    run = run_ranks(
+        *(2, SCRIPTS / "recorded_gpt.py", *ARGUMENTS, *_LOCAL, *flags, *others),
+        with_megatron=not device_only,
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return [json.loads(file.read_text()) for file in files]
 

@@ -59,6 +59,7 @@ def test_training_starts_with_a_warning_and_its_own_memory(tmp_path):
         num_ranks=2,
         environ=environment(tmp_path),
         cwd=SCRIPTS,
+        with_megatron=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert "makes the last stage" in run.stdout

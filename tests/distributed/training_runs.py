@@ -34,9 +34,14 @@ def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[
     )
 
 
-def run_ranks(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script as torchrun does, but in forks of a process that has imported torch."""
-    return python(*arguments, num_ranks=num_ranks, cwd=SCRIPTS)
+def run_ranks(
+    num_ranks: int, *arguments: object, with_megatron: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as torchrun does, but in forks.
+
+    with_megatron: of a process that has installed the adaptor and imported Megatron.
+    """
+    return python(*arguments, num_ranks=num_ranks, cwd=SCRIPTS, with_megatron=with_megatron)
 
 
 def train(tmp_path: Path, num_ranks: int, *flags: object) -> list[dict]:
