@@ -128,13 +128,17 @@ class Reductions:
 
 
 def _weights(optimizer: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each parameter of Megatron's distributed ``optimizer`` with the weights it steps."""
+    """Yield each parameter of Megatron's distributed ``optimizer`` with the weights it steps.
+
+    A precision-aware optimizer holds them itself; its parameters are left out.
+    """
     for groups, shards in (
         (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
         (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
     ):
         for of_group, weights in zip(groups, shards, strict=True):
-            yield from zip(of_group, weights, strict=True)
+            pairs = zip(of_group, weights, strict=True)
+            yield from (pair for pair in pairs if pair[1] is not None)
 
 
 def _checks(buckets: Any) -> tuple[bool, bool]:
