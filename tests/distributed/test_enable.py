@@ -13,6 +13,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def run_alone(*arguments):
+    """Run a script on 2 ranks without the adaptor under Megatron's training."""
+    return run_ranks(2, *arguments, with_megatron=False)
+
+
 def answer(run):
     assert run.returncode == 0, run.stderr[-4000:]
     line = next(line for line in run.stdout.splitlines() if "ANSWER" in line)
@@ -22,7 +27,7 @@ def answer(run):
 def test_the_example_trains_alike_with_and_without_sub_sequences():
     losses = {}
     for splits in (1, 3):
-        run = run_ranks(2, EXAMPLES / "own_loop.py", "--splits", splits, "--length", 64)
+        run = run_alone(EXAMPLES / "own_loop.py", "--splits", splits, "--length", 64)
         assert run.returncode == 0, run.stderr[-4000:]
         assert ("3 sub-sequences" in run.stdout) == (splits == 3)
         losses[splits] = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", run.stdout)]
@@ -33,7 +38,7 @@ def test_the_example_trains_alike_with_and_without_sub_sequences():
 
 @pytest.mark.long
 def test_gradients_are_those_of_megatrons_own_loop():
-    found, errors = answer(run_ranks(2, SCRIPTS / "enabled_loops.py", EXAMPLES))
+    found, errors = answer(run_alone(SCRIPTS / "enabled_loops.py", EXAMPLES))
     assert found.pop("evaluation") == 0  # of stage 0, which has no loss
     assert len(found) == 9
     assert max(found.values()) < 1e-12
