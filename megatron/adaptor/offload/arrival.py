@@ -20,7 +20,7 @@ def decisions(optimizer: Any) -> list[str]:
 
     optimizer: Megatron's chain for all chunks.
     """
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     clip = max((one.config.clip_grad for one in parts), default=0.0)
     mode = get_rerun_state_machine().get_mode()
     found = {
@@ -39,7 +39,7 @@ def changes(optimizer: Any, config: Any) -> list[str]:
     optimizer: Megatron's chain for all chunks. config: Megatron's of the model.
     """
     found = {
-        "--fp16 or --loss-scale": any(one.grad_scaler is not None for one in _parts(optimizer)),
+        "--fp16 or --loss-scale": any(one.grad_scaler is not None for one in parts_of(optimizer)),
         "--calculate-per-token-loss": config.calculate_per_token_loss,
         "finalize_model_grads_func is not Megatron's": (
             config.finalize_model_grads_func is not finalize_model_grads
@@ -76,7 +76,8 @@ def changes_of(chunk: Any) -> list[str]:
     return [flag for flag, applies in found.items() if applies]
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def parts_of(optimizer: Any) -> list[Any]:
+    """Return the distributed optimizers of Megatron's chain that have parameters here."""
     return [one for one in optimizer.chained_optimizers if not one.is_stub_optimizer]
 
 

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron.adaptor.cpu import device
-from megatron.adaptor.offload.arrival import changes, changes_of
+from megatron.adaptor.offload.arrival import changes, changes_of, parts_of
 from megatron.adaptor.patches import Patch
 
 _BUCKETS = "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup"
@@ -104,9 +104,7 @@ class Reductions:
         """Return this rank's part of each parameter's gradient, by the optimizer's weights."""
         places = {parameter: buffer for buffer in gradients for parameter in buffer.params}
         shards = {}
-        for one in self._optimizer.chained_optimizers:
-            if one.is_stub_optimizer:
-                continue
+        for one in parts_of(self._optimizer):
             for parameter, weights in _weights(one):
                 if parameter in places:
                     start = places[parameter].param_index_map[parameter][0]

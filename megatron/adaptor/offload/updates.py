@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron.adaptor.offload.arrival import changes, changes_of, decisions, describe
+from megatron.adaptor.offload.arrival import changes, changes_of, decisions, describe, parts_of
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.reports.console import print_first
 from seq1f1b.errors import Seq1F1BError
@@ -275,7 +275,7 @@ def _options(optimizer: Any) -> list[dict[str, Any]]:
 
 def _parts(optimizer: Any, chunk: Any) -> list[Any]:
     """Return Megatron's chain of distributed optimizers for one model chunk."""
-    return [_part(one, chunk) for one in optimizer.chained_optimizers if not one.is_stub_optimizer]
+    return [_part(one, chunk) for one in parts_of(optimizer)]
 
 
 def _part(optimizer: Any, chunk: Any) -> Any:
