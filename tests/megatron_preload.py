@@ -9,7 +9,7 @@ from megatron.adaptor import install
 
 __all__ = ["prefer_loopback"]
 
-os.environ["RANK"] = "1"  # which does not say that there is no GPU
+os.environ["RANK"] = "1"  # only rank 0 warns that there is no GPU
 install()
 
 import pretrain_gpt  # noqa: E402, F401

@@ -41,8 +41,8 @@ class Visits(NamedTuple):
     steps and in the optimizer. host_bytes: of all tensors that stay, and estimated_bytes of those.
     norms: -1 for steps that overflowed. late: steps that ended with updates under way. early: for
     each step, chunks whose update had begun when the last backward did. reduced: chunks whose
-    gradients were reduced before they left the device, in all steps. weights_normed: those whose
-    gradient's norm was taken there, of so many, in the last step.
+    gradients were reduced before they left the device, in all steps. weights_normed: of the last
+    step, the number of weights whose gradient's norm was taken there, and the number of all.
     """
 
     weights: str
