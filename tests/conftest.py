@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch and the tokenizers are imported, and inherited by every process a test starts.
@@ -47,9 +48,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many files run at a time: one a core and 6 GiB of memory, at most four.
+
+    0, pytest's own process, where there is room for one or one file is asked for.
+    """
+    files = {Path(argument.partition("::")[0]) for argument in config.args}
+    if len(files) == 1 and files.pop().is_file():
+        return 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processes = min(len(os.sched_getaffinity(0)), memory // (6 << 30), 4)
+    return processes if processes > 1 else 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Remember when the tests began."""
+    """Remember when the tests began; keep this run's options from pytest in programs they start."""
     config.stash[_BEGIN] = time.monotonic()
+    os.environ.pop("PYTEST_ADDOPTS", None)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -69,6 +85,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
+    # long files first: with several processes, none is left for the end
+    long_files = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long_files)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -28,7 +28,7 @@ class WorkerPool:
         self.size = size
         self._processes: list[BaseProcess] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 200.0) -> list[Any]:
         """Call ``function(*args)`` on every rank and return their results in rank order.
 
         Raises WorkerError with the traceback of the first rank that fails, or when one has not
