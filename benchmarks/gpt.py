@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -63,6 +64,11 @@ def be_a_stage() -> None:
 
 def be_a_rank() -> None:
     """Take a core and a thread for this rank."""
+    if "RANK" not in os.environ:
+        raise SystemExit(
+            "this benchmark has a process for each stage: start it with "
+            f"python -m torch.distributed.run --standalone --nproc-per-node 2 {sys.argv[0]}"
+        )
     os.sched_setaffinity(0, {int(os.environ["RANK"]) % os.cpu_count()})
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -37,6 +37,14 @@ def rows_of(tmp_path, script, *arguments, start=run_script):
     return document["rows"]
 
 
+def test_a_benchmark_of_stages_says_how_to_start_it():
+    run = run_script("schedules.py")
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert "start it with python -m torch.distributed.run --standalone --nproc-per-node 2" in last
+    assert last.endswith("benchmarks/schedules.py")
+
+
 def test_attention(tmp_path):
     sizes = ("--heads", 4, "--groups", 2, "--head-size", 16, "--rounds", 1)
     rows = rows_of(tmp_path, "attention.py", *sizes, "--lengths", 64, 96, "--splits", 1, 3)
