@@ -3,9 +3,18 @@
 # Takes the device's name, versions and date along. It runs in the project's environment, or with
 # PYTHON. Where a torch is installed and no network is there (see tools/wheels.sh):
 #     SEQ1F1B_WHEELS=FOLDER bash benchmarks/gpu.sh
+# Names of scripts beside it make only their tables: bash benchmarks/gpu.sh layer waiting
 # SMALL=1 makes every table in miniature, on a CPU too; RESULTS names another folder for them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tables=" attention layer replay one_gpu segments offload_gpu host waiting "
+for name; do
+    [[ $tables == *" $name "* ]] || {
+        echo "benchmarks/gpu.sh: $name is none of its tables:$tables" >&2
+        exit 2
+    }
+done
+wanted=" ${*:-$tables} "
 if [[ -n ${SEQ1F1B_WHEELS:-}${SEQ1F1B_SYSTEM_TORCH:-} ]]; then
     python=$(bash tools/setup_env.sh) || exit 1
 else
@@ -25,6 +34,7 @@ failed=0
 
 # A table that fails, for want of memory say, does not take the others along.
 table() {
+    [[ $wanted == *" $(basename "$1" .py) "* ]] || return 0
     "$python" "$@" || { echo "benchmarks/gpu.sh: failed: $*" >&2; failed=1; }
 }
 
@@ -84,5 +94,8 @@ table benchmarks/waiting.py "${sizes[@]}" --traces "$results/traces" --output "$
 # Pictures of what has been made.
 shopt -s nullglob
 drawable=("$results"/attention*.json "$results"/layer*.json "$results"/replay-*.json)
-((${#drawable[@]})) && table benchmarks/plots.py "${drawable[@]}" --output "$results/images"
+if ((${#drawable[@]})); then
+    wanted=" plots "
+    table benchmarks/plots.py "${drawable[@]}" --output "$results/images"
+fi
 exit $failed

@@ -257,3 +257,14 @@ def test_gpu_tables_want_a_gpu():
     )
     assert run.returncode == 2
     assert "finds no CUDA device" in run.stderr
+
+
+def test_gpu_tables_are_asked_for_by_name():
+    run = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", "layer", "layers"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "benchmarks/gpu.sh: layers is none of its tables: attention layer" in run.stderr

@@ -52,7 +52,12 @@ def test_every_loss(workers, batch):
     check(workers, [Situation(_CASE, loss=loss, batch=batch) for loss in LOSSES])
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        EVERYWHERE, default=["virtual stages", "zb-h1", "multi-token prediction", "recomputed loss"]
+    ),
+)
 def test_losses_under(workers, name):
     case = EVERYWHERE[name]
     situations = [Situation(case, loss=loss, batch="masked prompt") for loss in UNEVEN]
@@ -76,6 +81,7 @@ def test_losses_under_context_parallelism(workers):
     check(workers, situations)
 
 
+@pytest.mark.long
 def test_evaluation(workers):
     check(workers, [Situation(_CASE, loss=loss, evaluates=True) for loss in LOSSES])
 
