@@ -85,6 +85,8 @@ def test_installed_wheel_runs_its_commands_and_trains_from_any_folder(
     script.chmod(0o755)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    printed = try_environment(environment, elsewhere)
+    # the commands run what the other areas test, which takes minutes
+    areas = ("attention", "runtime", "sequence")
+    printed = try_environment(environment, elsewhere, areas)
     assert (elsewhere / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert "tokens/s" in printed["training"]

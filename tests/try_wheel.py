@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,13 +53,16 @@ def build(folder: Path) -> Path:
     return path
 
 
-def try_environment(environment: Path, folder: Path) -> dict[str, str]:
-    """Run every command of the wheel in ``folder``; returns what each printed.
+def try_environment(
+    environment: Path, folder: Path, areas: Sequence[str] = AREAS
+) -> dict[str, str]:
+    """Run every command of the wheel, and tests, in ``folder``; returns what each printed.
 
+    areas: folders of those tests.
     Raises RuntimeError with the output of one that fails, or that does not say what it should.
     """
     python = str(environment / "bin" / "python")
-    tests = _tests(folder)
+    tests = _tests(folder, areas)
     script = shutil.copy(SCRIPT, folder)
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     commands = {
@@ -93,19 +97,19 @@ def try_environment(environment: Path, folder: Path) -> dict[str, str]:
     return printed
 
 
-def _tests(folder: Path) -> list[str]:
-    """Copy the tests that need no other files into ``folder``; returns what pytest is given."""
+def _tests(folder: Path, areas: Sequence[str]) -> list[str]:
+    """Copy the tests of ``areas`` into ``folder``; returns what pytest is given."""
     (folder / "tests").mkdir()
     for name in ("conftest.py", "forks.py", "workers.py", "tiny_model.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
-    for area in AREAS:
+    for area in areas:
         shutil.copytree(
             ROOT / "tests" / area,
             folder / "tests" / area,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
-    return [f"tests/{area}" for area in AREAS]
+    return [f"tests/{area}" for area in areas]
 
 
 def main() -> None:

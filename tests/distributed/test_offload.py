@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from seq1f1b.schedule import num_loads
 from tests.distributed.megatron_model import Case
 from tests.distributed.offload_cases import Visits, compare
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks, torchrun
 from tests.selection import mostly_long
 from tests.workers import WorkerError
 
@@ -249,9 +250,11 @@ def test_nothing_is_saved_after_a_step_that_broke_off_between_updates(workers):
         run(workers, V2, FREE | {"steps": 1}, way(1, LATE, "breaks"))
 
 
-def start(file: Path, script: str, *flags: object) -> tuple[Any, list[dict[str, Any]]]:
+def start(
+    file: Path, script: str, *flags: object, by: Callable[..., Any] = run_ranks
+) -> tuple[Any, list[dict[str, Any]]]:
     """Run a script on 2 ranks; return how it ended and what each iteration logged."""
-    run = torchrun(
+    run = by(
         2,
         *("-m", "megatron.adaptor", SCRIPTS / script, *ARGUMENTS),
         *("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2),
@@ -303,7 +306,7 @@ def test_a_script_is_killed_in_an_update_and_resumes(
     (first / TRACKER).write_text("1")
     save = ("--load", first, "--save", kept, "--save-interval", 2)
     monkeypatch.setenv("FAULT", fault)
-    killed, entries = start(tmp_path / "killed", "faulty_gpt.py", *late, *save)
+    killed, entries = start(tmp_path / "killed", "faulty_gpt.py", *late, *save, by=torchrun)
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL) received by PID" in killed.stderr
     assert losses(entries) == losses(expected)[1:3]
