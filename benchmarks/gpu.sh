@@ -14,7 +14,7 @@ for name; do
         exit 2
     }
 done
-wanted=" ${*:-$tables} "
+wanted=" ${*:-$tables} plots "
 if [[ -n ${SEQ1F1B_WHEELS:-}${SEQ1F1B_SYSTEM_TORCH:-} ]]; then
     python=$(bash tools/setup_env.sh) || exit 1
 else
@@ -94,8 +94,5 @@ table benchmarks/waiting.py "${sizes[@]}" --traces "$results/traces" --output "$
 # Pictures of what has been made.
 shopt -s nullglob
 drawable=("$results"/attention*.json "$results"/layer*.json "$results"/replay-*.json)
-if ((${#drawable[@]})); then
-    wanted=" plots "
-    table benchmarks/plots.py "${drawable[@]}" --output "$results/images"
-fi
+((${#drawable[@]})) && table benchmarks/plots.py "${drawable[@]}" --output "$results/images"
 exit $failed

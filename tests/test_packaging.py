@@ -75,7 +75,7 @@ def test_installed_wheel_shares_the_namespace_with_megatron_core(
 
 @pytest.mark.long
 @pytest.mark.distributed
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_installed_wheel_runs_its_commands_and_trains_from_any_folder(
     wheel: Path, tmp_path: Path
 ) -> None:
@@ -85,8 +85,6 @@ def test_installed_wheel_runs_its_commands_and_trains_from_any_folder(
     script.chmod(0o755)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # the commands run what the other areas test, which takes minutes
-    areas = ("attention", "runtime", "sequence")
-    printed = try_environment(environment, elsewhere, areas)
+    printed = try_environment(environment, elsewhere)
     assert (elsewhere / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert "tokens/s" in printed["training"]

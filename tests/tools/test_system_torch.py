@@ -193,10 +193,7 @@ def cluster_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not has_namespaces(), reason="network namespaces are not allowed here")
 def test_a_machine_without_a_network(tmp_path: Path, cluster_python: Path) -> None:
-    """From a folder of wheels, on top of the torch that is there, to tables of gpu.sh.
-
-    Those that only compute more (tests/test_benchmarks.py makes them) find all that they import.
-    """
+    """From a folder of wheels, on top of the torch that is there, to every table of gpu.sh."""
     wheels = tmp_path / "wheels"
     environ = os.environ | {"PYTHON": str(cluster_python), "TMPDIR": str(tmp_path)}
     subprocess.run(["bash", ROOT / "tools/wheels.sh", wheels], env=environ, check=True)
@@ -205,7 +202,7 @@ def test_a_machine_without_a_network(tmp_path: Path, cluster_python: Path) -> No
     largest = sorted(wheels.iterdir(), key=lambda file: -file.stat().st_size)[:5]
     assert size < 60 << 20, [file.name for file in largest]
     done = subprocess.run(
-        ["bash", ROOT / "benchmarks" / "gpu.sh", "attention", "layer", "one_gpu", "waiting"],
+        ["bash", ROOT / "benchmarks" / "gpu.sh"],
         env=environ
         | {
             "SEQ1F1B_WHEELS": str(wheels),
@@ -221,8 +218,7 @@ def test_a_machine_without_a_network(tmp_path: Path, cluster_python: Path) -> No
     assert "installing what it lacks from" in done.stderr, done.stderr[-3000:]
     assert done.returncode == 0, done.stderr[-3000:]
     tables = {file.stem for file in (tmp_path / "results").glob("*.md")}
-    assert tables == {"attention", "attention-grouped", "layer", "one_gpu", "waiting"}
-    assert (tmp_path / "results" / "images" / "attention.png").is_file()
-    for name in ("replay", "segments", "offload_gpu", "host"):
-        script = ROOT / "benchmarks" / f"{name}.py"
-        subprocess.run([tmp_path / "venv/bin/python", script, "--help"], env=environ, check=True)
+    assert tables == {
+        *("attention", "attention-grouped", "layer", "replay-64", "one_gpu", "offload", "segments"),
+        *("host", "waiting"),
+    }
