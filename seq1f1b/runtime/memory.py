@@ -67,12 +67,16 @@ class ActivationMeter:
 
     def _pack(self, packed: Any) -> Any:
         """Count the tensors in what a hook has made of a saved tensor."""
+        if isinstance(packed, Tensor):  # nearly always, and trees are slow to walk
+            return self._hold(packed)
         return pytree.tree_map_only(Tensor, self._hold, packed)
 
     def _hold(self, tensor: Tensor) -> "Tensor | _Saved":
-        if tensor.device.type != "cpu" or _identity(tensor) in self._constants:
+        if not tensor.is_cpu:
             return tensor
         identity = _identity(tensor)
+        if identity in self._constants:
+            return tensor
         held = self._held.get(identity)
         if held is None:
             storage = tensor.untyped_storage()
@@ -141,6 +145,10 @@ def _hooks_owned_by(count: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def _unwrapped(packed: Any) -> Any:
+    if isinstance(packed, _Saved):
+        return packed.tensor
+    if isinstance(packed, Tensor):  # a constant
+        return packed
     return pytree.tree_map_only(_Saved, lambda saved: saved.tensor, packed)
 
 
