@@ -1,5 +1,8 @@
 """Put the adaptor under Megatron-Core in this process."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,15 +22,20 @@ def install() -> "Session":
     one that the patches know.
     """
     if not _trains:
-        from megatron.adaptor.patches import apply_all
-
-        is_first = not _sessions
-        session = _session()
-        patches = session.patches()
-        apply_all(patches if is_first else [p for p in patches if _is_of_training(p)])
-        _trains.append(session)
-        _sessions[:] = [session]
+        with _imports_without_collections():
+            _install()
     return _sessions[0]
+
+
+def _install() -> None:
+    from megatron.adaptor.patches import apply_all
+
+    is_first = not _sessions
+    session = _session()
+    patches = session.patches()
+    apply_all(patches if is_first else [p for p in patches if _is_of_training(p)])
+    _trains.append(session)
+    _sessions[:] = [session]
 
 
 def session_of_core() -> "Session":
@@ -55,3 +63,20 @@ def _session() -> "Session":
 
 def _is_of_training(patch: "Patch | Attribute") -> bool:
     return patch.target.startswith(_TRAINING)
+
+
+@contextmanager
+def _imports_without_collections() -> Iterator[None]:
+    """Pause the garbage collector, and keep what is imported out of later collections.
+
+    Modules are not garbage. Collections would look at hundreds of thousands of their objects again
+    and again: an eighth of the time that imports take, and most of a full collection in training.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
