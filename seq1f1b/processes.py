@@ -6,6 +6,9 @@ import logging
 import os
 import signal
 import sys
+import threading
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -21,6 +24,22 @@ def end_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if parent not in (None, os.getppid()):
         os._exit(1)
+
+
+def end_with_starter() -> None:
+    """Kill this process of multiprocessing when the one that started it ends, in whatever way.
+
+    Also where that one is not its parent, but asked a server for a fork.
+    """
+    starter = parent_process()
+    if starter is None:
+        raise RuntimeError("this process was not started by multiprocessing")
+
+    def watch() -> None:
+        wait([starter.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ending(code: int) -> str:

@@ -1,6 +1,6 @@
 """Processes that begin with torch imported, or Megatron too: forks of servers that did it once.
 
-Those of ``FORKS`` import Megatron, the project and the script themselves, as a new interpreter
+A ``TorchFork`` imports Megatron, the project and the script itself, as a new interpreter
 does. A ``MegatronFork`` begins with the adaptor installed and Megatron imported. What takes each
 rank seconds is spent once for all tests.
 """
@@ -9,19 +9,17 @@ import atexit
 import contextlib
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import (
     context,
+    current_process,
     forkserver,
     get_context,
-    parent_process,
     popen_forkserver,
     set_start_method,
 )
@@ -32,6 +30,8 @@ from types import ModuleType
 from unittest import mock
 
 import torch
+
+from seq1f1b.processes import end_with_starter
 
 # Those that cannot be imported are left out.
 _PRELOADED = [
@@ -44,33 +44,28 @@ _PRELOADED = [
     "torch.utils.tensorboard",
     "transformers.modeling_utils",
 ]
+_LAST = "tests.frozen"
 FORKS: context.ForkServerContext = get_context("forkserver")
-FORKS.set_forkserver_preload(_PRELOADED)
 
 
-class MegatronFork(context.ForkServerProcess):
-    """A process that begins with the adaptor installed and Megatron imported."""
+class TorchFork(context.ForkServerProcess):
+    """A process that begins with torch imported."""
 
     _server = forkserver.ForkServer()
-    _server.set_forkserver_preload([*_PRELOADED, "tests.megatron_preload"])
+    _server.set_forkserver_preload([*_PRELOADED, _LAST])
 
     @staticmethod
     def _Popen(process: BaseProcess) -> popen_forkserver.Popen:
-        connect = MegatronFork._server.connect_to_new_process
+        connect = type(process)._server.connect_to_new_process  # type: ignore[attr-defined]
         with mock.patch.object(forkserver, "connect_to_new_process", connect):
             return popen_forkserver.Popen(process)
 
 
-def end_with_runner() -> None:
-    """Kill this fork when the process that asked for it ends; the server lives as long as forks."""
-    parent = parent_process()
-    assert parent is not None, "not a fork"
+class MegatronFork(TorchFork):
+    """A process that begins with the adaptor installed and Megatron imported."""
 
-    def watch() -> None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    _server = forkserver.ForkServer()
+    _server.set_forkserver_preload([*_PRELOADED, "tests.megatron_preload", _LAST])
 
 
 def python(
@@ -87,7 +82,7 @@ def python(
     num_ranks: as many processes, with torchrun's variables, of which the first that fails ends the
     others. None: one process without. with_megatron: in each a MegatronFork.
     """
-    make = MegatronFork if with_megatron else FORKS.Process
+    make = MegatronFork if with_megatron else TorchFork
     words = [str(word) for word in arguments]
     ranks = [{}] if num_ranks is None else _places(num_ranks)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +142,9 @@ def _run(
     words: list[str], variables: Mapping[str, str], cwd: Path, files: Mapping[str, Path]
 ) -> None:
     """Be ``python *words``."""
-    end_with_runner()
-    set_start_method(None, force=True)  # that of a new interpreter
+    end_with_starter()  # the server lives as long as its forks
+    set_start_method(None, force=True)  # this and the name are those of a new interpreter
+    current_process().name = "MainProcess"
     os.environ.clear()
     os.environ.update(variables)
     if int(variables.get("LOCAL_WORLD_SIZE", "1")) > 1:

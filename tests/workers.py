@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.forks import FORKS, MegatronFork, end_with_runner
+from seq1f1b.processes import end_with_starter
+from tests.forks import FORKS, MegatronFork
 
 
 class WorkerError(AssertionError):
@@ -82,7 +83,7 @@ class WorkerPool:
 
 
 def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
-    end_with_runner()
+    end_with_starter()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(

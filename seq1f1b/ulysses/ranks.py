@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from seq1f1b.errors import Seq1F1BError
-from seq1f1b.processes import end_now, ending
+from seq1f1b.processes import end_now, end_with_starter, ending
 
 _PATIENCE = timedelta(minutes=10)
 
@@ -42,7 +43,8 @@ class _Rank(NamedTuple):
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> Any:
     """Return what ``function(*args)`` returns on rank 0 of ``size`` new processes on the CPU.
 
-    The function must be importable. What a rank raises is raised here; the other ranks are ended.
+    The function must be importable. Its module is imported once, and the ranks are forks of that
+    process. What a rank raises is raised here; the other ranks are ended.
 
     Raises RanksError when a rank ends without an answer, by a signal or by leaving Python.
     """
@@ -62,10 +64,13 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> Any:
 def _start(
     rank: int, size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> _Rank:
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.modeling_utils", function.__module__])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
-        target=_serve, args=(rank, size, store, theirs, function, args), daemon=True
+        target=_serve,
+        args=(rank, size, store, dict(os.environ), theirs, function, args),
+        daemon=True,
     )
     process.start()
     # The rank alone holds this end from now on, so that its death ends the pipe, in the middle of
@@ -109,11 +114,15 @@ def _serve(
     rank: int,
     size: int,
     store: str,
+    environ: dict[str, str],
     answers: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    end_with_starter()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter gets it too, and ends its ranks
     torch.set_num_threads(1)
+    os.environ.update(environ)  # the server has that of the first call
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=_PATIENCE

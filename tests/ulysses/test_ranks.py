@@ -3,12 +3,16 @@
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from seq1f1b.ulysses.ranks import RanksError, run_ranks
+from tests.forks import TorchFork
 
 pytestmark = pytest.mark.distributed
 
@@ -37,6 +41,22 @@ def answer_with_code() -> object:
     return lambda: None
 
 
+def note_number(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(100)
+
+
+def start_two(folder: Path) -> None:
+    run_ranks(note_number, 2, folder)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_the_result_is_that_of_rank_0() -> None:
     assert run_ranks(sum_over_ranks, 2, 10) == 21
 
@@ -48,11 +68,7 @@ def test_an_error_comes_as_the_rank_raised_it_with_its_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "how, ending",
-    [
-        ("signal", "by signal SIGKILL"),
-        pytest.param("0", "with exit code 0", marks=pytest.mark.long),
-    ],
+    "how, ending", [("signal", "by signal SIGKILL"), ("0", "with exit code 0")]
 )
 def test_a_rank_that_ends_without_an_answer_is_reported(how: str, ending: str) -> None:
     with pytest.raises(RanksError, match=f"rank 1 ended .*{ending} and without an answer"):
@@ -62,3 +78,12 @@ def test_a_rank_that_ends_without_an_answer_is_reported(how: str, ending: str) -
 def test_a_result_that_cannot_be_sent_is_reported() -> None:
     with pytest.raises(RanksError, match="rank 0 ended with exit code 1"):
         run_ranks(answer_with_code, 2)
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    starter = TorchFork(target=start_two, args=(tmp_path,), daemon=False)
+    starter.start()
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    starter.kill()
+    starter.join()
+    wait_until(lambda: not any(Path("/proc", file.name).exists() for file in tmp_path.iterdir()))

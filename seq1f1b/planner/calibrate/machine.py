@@ -1,5 +1,6 @@
 """Describes this machine: measures with all local ranks busy at once, and writes the figures."""
 
+import multiprocessing
 import os
 import platform
 import tempfile
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from seq1f1b.files import replacing
 from seq1f1b.planner.calibrate.kernels import ON_GPU, ON_HOST, Bench
 from seq1f1b.planner.calibrate.links import collectives, message
 from seq1f1b.planner.errors import CalibrationError
 from seq1f1b.planner.gpu import THIS_MACHINE, Gpu
-from seq1f1b.processes import ending
+from seq1f1b.processes import end_with_starter, ending
 
 _GIGA, _TERA, _MICRO = 1e9, 1e12, 1e-6
 _HOST_SHARE = 0.9
@@ -57,8 +58,9 @@ def write(description: Gpu, path: Path) -> None:
 
 
 def _run_together(ranks: int, folder: str) -> None:
+    multiprocessing.set_forkserver_preload([__name__])
     try:
-        spawn(_run, args=(ranks, folder), nprocs=ranks)
+        start_processes(_run, args=(ranks, folder), nprocs=ranks, start_method="forkserver")
     except ProcessExitedException as error:
         raise CalibrationError(
             f"rank {error.error_index} ended {ending(error.exit_code)}. Out of memory? Then use "
@@ -76,6 +78,7 @@ def _run(rank: int, ranks: int, folder: str) -> None:
     else:
         _take_cores(rank, ranks)
     if ranks > 1:
+        end_with_starter()
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             init_method=f"file://{folder}/rendezvous",
