@@ -1,5 +1,6 @@
 """What all tests share: one thread per process, no network, no display, GPUs optional."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -81,18 +82,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave ``long`` tests out unless asked for; skip ``gpu`` ones without a CUDA device."""
+    # Files with long tests come first: of several processes, none is left for the end.
+    long_files = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long_files)
     if not config.getoption("--all") and "long" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
-    # long files first: with several processes, none is left for the end
-    long_files = {item.path for item in items if item.get_closest_marker("long")}
-    items.sort(key=lambda item: item.path not in long_files)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep modules and tests out of garbage collections, which would look at all of them."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -96,7 +96,7 @@ def try_environment(environment: Path, folder: Path) -> dict[str, str]:
 def _tests(folder: Path) -> list[str]:
     """Copy the tests that need no other files into ``folder``; returns what pytest is given."""
     (folder / "tests").mkdir()
-    for name in ("conftest.py", "forks.py", "workers.py", "tiny_model.py"):
+    for name in ("conftest.py", "forks.py", "frozen.py", "workers.py", "tiny_model.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
     for area in AREAS:
