@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.adaptor.cpu import device as cpu_device
+from tests import forks
 
 INSTALL = (
     "from megatron.adaptor.cpu import device as cpu_device; cpu_device.install(); import torch; "
@@ -233,15 +234,8 @@ TINY = """
 
 def losses(*command: str) -> list[float]:
     """What rank 1 of two prints as training, validation and test loss."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*torchrun, *command, *TINY.split()],
-        env=os.environ | NO_GPU | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
+    root = Path(__file__).parents[2]
+    result = forks.python(*command, *TINY.split(), num_ranks=2, environ=NO_GPU, cwd=root)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stderr.count(cpu_device.MESSAGE) == 1
     return [float(number) for number in re.findall(r"lm loss(?: value)?: (\S+)", result.stdout)]

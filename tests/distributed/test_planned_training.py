@@ -11,6 +11,7 @@ import pytest
 from tests.distributed.training_runs import ARGUMENTS, SCRIPTS
 from tests.forks import python
 from tests.planner.described import describe_this_machine
+from tests.selection import mostly_long
 
 ROOT = Path(__file__).parents[2]
 MODEL = shlex.split(
@@ -28,8 +29,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(400)
-def test_the_script_of_a_plan_runs_as_it_is(tmp_path):
-    plan = shlex.split("-m seq1f1b.cli plan --gpu this-machine --gpus 4 --script torchrun")
+@pytest.mark.parametrize("gpus", mostly_long([2, 4], default=[2]))
+def test_the_script_of_a_plan_runs_as_it_is(tmp_path, gpus):
+    plan = shlex.split(f"-m seq1f1b.cli plan --gpu this-machine --gpus {gpus} --script torchrun")
     made = subprocess.run(
         [sys.executable, *plan, *MODEL],
         capture_output=True,
