@@ -122,7 +122,8 @@ def _serve(
     end_with_starter()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter gets it too, and ends its ranks
     torch.set_num_threads(1)
-    os.environ.update(environ)  # the server has that of the first call
+    os.environ.clear()  # the fork server's, which is that of the first call
+    os.environ.update(environ)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=_PATIENCE

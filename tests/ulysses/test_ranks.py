@@ -41,6 +41,10 @@ def answer_with_code() -> object:
     return lambda: None
 
 
+def variable() -> str | None:
+    return os.environ.get("SEQ1F1B_TEST_VARIABLE")
+
+
 def note_number(folder: Path) -> None:
     (folder / str(os.getpid())).touch()
     time.sleep(100)
@@ -59,6 +63,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_the_result_is_that_of_rank_0() -> None:
     assert run_ranks(sum_over_ranks, 2, 10) == 21
+
+
+def test_ranks_have_the_environment_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQ1F1B_TEST_VARIABLE", "set")
+    assert run_ranks(variable, 1) == "set"
+    monkeypatch.delenv("SEQ1F1B_TEST_VARIABLE")
+    assert run_ranks(variable, 1) is None
 
 
 def test_an_error_comes_as_the_rank_raised_it_with_its_traceback() -> None:
