@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.processes import is_alive, wait_for
 
 ROOT = Path(__file__).parents[1]
 _PROGRAM = """
@@ -36,14 +37,4 @@ def test_workers_of_a_killed_runner_are_killed(tmp_path):
     assert len(pids) == 2
     runner.send_signal(signal.SIGKILL)
     runner.wait()
-    deadline = time.monotonic() + 10
-    while any(_is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "workers outlive the test runner"
-        time.sleep(0.1)
-
-
-def _is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
+    wait_for(lambda: not any(map(is_alive, pids)), seconds=10)

@@ -6,11 +6,11 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_for
 from tests.seq1f1b_tools.preprocess_runs import ROWS, TOOLS, command, pair, run, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("thread_settings")
@@ -36,13 +36,6 @@ def start(*flags, **options):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **options,
     )
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from seq1f1b.ulysses.ranks import RanksError, run_ranks
 from tests.forks import TorchFork
+from tests.processes import is_alive, wait_for
 
 pytestmark = pytest.mark.distributed
 
@@ -54,13 +54,6 @@ def start_two(folder: Path) -> None:
     run_ranks(note_number, 2, folder)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_the_result_is_that_of_rank_0() -> None:
     assert run_ranks(sum_over_ranks, 2, 10) == 21
 
@@ -94,7 +87,7 @@ def test_a_result_that_cannot_be_sent_is_reported() -> None:
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     starter = TorchFork(target=start_two, args=(tmp_path,), daemon=False)
     starter.start()
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     starter.kill()
     starter.join()
-    wait_until(lambda: not any(Path("/proc", file.name).exists() for file in tmp_path.iterdir()))
+    wait_for(lambda: not any(is_alive(int(file.name)) for file in tmp_path.iterdir()))

@@ -14,6 +14,7 @@ from seq1f1b_tools.sweep.records import (
     Output,
     read_metrics,
 )
+from tests.processes import is_alive, wait_for
 from tests.selection import mostly_long
 from tests.seq1f1b_tools.sweep.bench import (
     AVERAGE,
@@ -21,10 +22,8 @@ from tests.seq1f1b_tools.sweep.bench import (
     FAKE_SCRIPT,
     UNIFORM,
     Bench,
-    is_alive,
     report_pids,
     start,
-    wait_for,
 )
 
 

@@ -16,8 +16,9 @@ from seq1f1b_tools.sweep.settings import (
     ROOT,
 )
 from seq1f1b_tools.sweep.sweep import Sweep
+from tests.processes import wait_for
 from tests.selection import mostly_long
-from tests.seq1f1b_tools.sweep.bench import AVERAGE, BASELINE, FAKE_SCRIPT, UNIFORM, start, wait_for
+from tests.seq1f1b_tools.sweep.bench import AVERAGE, BASELINE, FAKE_SCRIPT, UNIFORM, start
 
 
 def test_sweep_compares_every_schedule_with_1f1b(bench):
