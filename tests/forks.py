@@ -19,7 +19,6 @@ from multiprocessing import (
     context,
     current_process,
     forkserver,
-    get_context,
     popen_forkserver,
     set_start_method,
 )
@@ -45,7 +44,6 @@ _PRELOADED = [
     "transformers.modeling_utils",
 ]
 _LAST = "tests.frozen"
-FORKS: context.ForkServerContext = get_context("forkserver")
 
 
 class TorchFork(context.ForkServerProcess):

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from seq1f1b.processes import end_with_starter
-from tests.forks import FORKS, MegatronFork
+from tests.forks import MegatronFork
+
+_CONTEXT = get_context("forkserver")
 
 
 class WorkerError(AssertionError):
@@ -67,8 +70,8 @@ class WorkerPool:
     def _start(self) -> None:
         if self._processes:
             return
-        self._outbox = FORKS.Queue()
-        self._inboxes = [FORKS.Queue() for _ in range(self.size)]
+        self._outbox = _CONTEXT.Queue()
+        self._inboxes = [_CONTEXT.Queue() for _ in range(self.size)]
         store = Path(tempfile.mkdtemp()) / "store"
         self._processes = [
             MegatronFork(

@@ -20,6 +20,7 @@ from seq1f1b.errors import Seq1F1BError
 from seq1f1b.processes import end_now, end_with_starter, ending
 
 _PATIENCE = timedelta(minutes=10)
+_CONTEXT = mp.get_context("forkserver")
 
 
 class RanksError(Seq1F1BError, RuntimeError):
@@ -48,6 +49,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> Any:
 
     Raises RanksError when a rank ends without an answer, by a signal or by leaving Python.
     """
+    _CONTEXT.set_forkserver_preload([__name__, "transformers.modeling_utils", function.__module__])
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -64,10 +66,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> Any:
 def _start(
     rank: int, size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> _Rank:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.modeling_utils", function.__module__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(
         target=_serve,
         args=(rank, size, store, dict(os.environ), theirs, function, args),
         daemon=True,
@@ -123,8 +123,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter gets it too, and ends its ranks
     torch.set_num_threads(1)
     os.environ.clear()  # the fork server's, which is that of the first call
-    os.environ.update(environ)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=_PATIENCE
     )
