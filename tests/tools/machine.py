@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("awk", "bash", "cat", "cp", "cut", "df", "dirname", "du", "flock", "grep", "head", "ls"),
-    *("mkdir", "mktemp", "mv", "readlink", "rm", "sed", "sh", "sleep", "tail", "tee", "wc"),
+    *("awk", "bash", "cat", "cp", "cut", "df", "dirname", "du", "env", "flock", "grep", "head"),
+    *("ls", "mkdir", "mktemp", "mv", "readlink", "rm", "sed", "sh", "sleep", "tail", "tee", "wc"),
 )
 
 # Stands for an interpreter. The real one answers for it after doing ``before``, which changes what
@@ -22,9 +22,13 @@ case "$1 $2" in
   "-m pip")
     echo "pip $3 $4" >>"{calls}"
     export -p >>"{calls}.environment"
+    [ "$3" = config ] && env | sed -n 's/^PIP_INDEX_URL/:env:.index-url/p'
     [ "$3" = install ] || exit 0
     sleep "${{FAKE_PIP_SECONDS:-0}}"
     printf '%s\\n' "${{FAKE_PIP_OUTPUT:-}}" >&2
+    case "$5" in
+      */uv.txt) cp "{uv}" "${{0%/*}}/uv" && cat "$5" || exit 1 ;;
+    esac
     exit "${{FAKE_PIP_STATUS:-0}}" ;;
   "-m pytest")
     shift; echo "$PWD: $*" ;;
@@ -86,17 +90,24 @@ class Machine:
         path = self.bin / path
         path.parent.mkdir(parents=True, exist_ok=True)
         fake = FAKE_PYTHON.format(
-            path=path, calls=self.calls_file, real=sys.executable, before=before
+            path=path,
+            calls=self.calls_file,
+            real=sys.executable,
+            before=before,
+            uv=self.home / "uv",
         )
         self._script(path, fake)
         return path
 
     def uv(self) -> None:
+        self.uv_on_the_index().rename(self.bin / "uv")
+
+    def uv_on_the_index(self) -> Path:
+        """Make a fake uv that pip brings when it is asked for."""
         store = self.python(self.home / "uv-store")
-        fetched = self.home / "uv-python"
-        self._script(
-            self.bin / "uv", FAKE_UV.format(calls=self.calls_file, store=store, fetched=fetched)
-        )
+        fake = FAKE_UV.format(calls=self.calls_file, store=store, fetched=self.home / "uv-python")
+        self._script(self.home / "uv", fake)
+        return self.home / "uv"
 
     def start(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

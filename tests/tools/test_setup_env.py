@@ -189,6 +189,55 @@ def test_pip_is_tried_where_uv_does_not_get_through(machine: Machine) -> None:
     assert [call for call in machine.calls() if call.startswith("pip")] == INSTALLED
 
 
+UV_PINNED = """\
+urllib3==2.8.0 \\
+    --hash=sha256:0
+uv==0.13.9 ; sys_platform == 'linux' \\
+    --hash=sha256:1 \\
+    --hash=sha256:2
+watchdog==7.1.0 \\
+    --hash=sha256:3
+torch==2.11.0 \\
+    --hash=sha256:4
+"""
+
+
+def test_uv_is_fetched_by_its_pin_where_there_is_none(machine: Machine) -> None:
+    machine.python("python3.12")
+    machine.uv_on_the_index()
+    (machine.clone / "requirements.lock").write_text(UV_PINNED)
+    messages = machine.ready()
+    assert "pinned packages with uv" in messages
+    assert machine.calls() == [
+        "pip config list",
+        "pip install -r",
+        "uv pip install",
+        "uv pip install",
+    ]
+    log = (machine.venv / "seq1f1b-install.log").read_text()
+    entry = [
+        line for line in UV_PINNED.splitlines() if "uv==" in line or ":1" in line or ":2" in line
+    ]
+    assert "\n".join(entry) in log
+    assert not [line for line in log.splitlines() if line.startswith(("urllib3", "watchdog"))]
+
+
+@pytest.mark.parametrize("setting", ["another index", "an index without uv", "uv fails"])
+def test_pip_installs_where_uv_cannot_be_used(machine: Machine, setting: str) -> None:
+    machine.python("python3.12")
+    (machine.clone / "requirements.lock").write_text(UV_PINNED)
+    if setting != "an index without uv":
+        machine.uv_on_the_index()
+    environment = {
+        "another index": {"PIP_INDEX_URL": "https://mirror/simple"},
+        "uv fails": {"FAKE_UV_STATUS": "1"},
+    }
+    assert "pinned packages with pip" in machine.ready(**environment.get(setting, {}))
+    calls = machine.calls()
+    assert calls[-3:] == INSTALLED
+    assert ("uv pip install" in calls) == (setting == "uv fails")
+
+
 def test_too_little_space_stops_before_anything_is_made(machine: Machine) -> None:
     machine.python("python3.12")
     messages = machine.fails(SEQ1F1B_SETUP_MIN_GB="99999999")
