@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -182,10 +183,15 @@ def cluster_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copied.add(found.name)
         for file in found.files or ():
             source, target = Path(found.locate_file(file)), ours / str(file)
-            if ".." in file.parts or not source.is_file():
+            if ".." in file.parts or source.suffix == ".pyc" or not source.is_file():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source)
+            # pip lists byte code among a package's files, uv does not
+            compiled = Path(cache_from_source(str(source)))
+            if source.suffix == ".py" and compiled.exists():
+                (target.parent / "__pycache__").mkdir(exist_ok=True)
+                Path(cache_from_source(str(target))).symlink_to(compiled)
     return folder / "bin" / "python"
 
 
