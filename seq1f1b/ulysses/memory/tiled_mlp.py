@@ -37,7 +37,8 @@ def _in_tiles(original: Any, module: nn.Module, x: Tensor, *args: Any, **kwargs:
     tile = vars(module)["seq1f1b_tile"]
     if args or kwargs or x.ndim < 2:
         return original(x, *args, **kwargs)
-    parts = x.split(tile, dim=-2)
+    # Conv1D views its input; of several rows, a tile is not contiguous
+    parts = [part.contiguous() for part in x.split(tile, dim=-2)]
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(original, p, use_reentrant=False) for p in parts], dim=-2)
     return torch.cat([original(part) for part in parts], dim=-2)

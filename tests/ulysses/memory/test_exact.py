@@ -89,6 +89,20 @@ def test_the_loss_of_every_family_can_be_tiled(name):
         assert error < (5e-5 if parameter.endswith("A_log") else 1e-5), (layout, parameter)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "gpt2" else pytest.mark.long) for n in FAMILIES]
+)
+def test_the_mlps_of_every_family_can_be_tiled(name):
+    try:
+        results = with_options(name, 1, "MLP tile", LAYOUTS)
+    except ValueError as error:
+        assert "has no module of class" in str(error)
+        pytest.skip(f"{name} has no MLP")
+    for layout, loss_error, (parameter, gradient_error) in results:
+        assert loss_error < 1e-6, layout
+        assert gradient_error < (5e-5 if parameter.endswith("A_log") else 1e-5), (layout, parameter)
+
+
 def in_parts(name: str, size: int, count: int, layouts: tuple[str, ...]) -> list[Any]:
     init_sequence_parallel(size)
     results = []
