@@ -1,20 +1,17 @@
 """The model of a run: its configuration, position scaling, and weights."""
 
-import logging
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from seq1f1b.ulysses.training.recipe import Recipe, RecipeError
-
-_log = logging.getLogger(__name__)
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_UNSCALED = ("default", None)
+from seq1f1b.ulysses.training.positions import scale_positions
+from seq1f1b.ulysses.training.recipe import Recipe, RecipeError, reported
 
 
 def make_config(recipe: Recipe, vocabulary: int) -> Any:
@@ -31,54 +28,27 @@ def make_config(recipe: Recipe, vocabulary: int) -> Any:
         given = dict(settings.config)
         model_type = given.pop("model_type")
         given.setdefault("vocab_size", vocabulary)
-        try:
+        with reported("model.config"):
             config = AutoConfig.for_model(model_type, **given)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"model.config: {error}") from None
+            _refuse_unknown(given, config)
     elif name is not None:
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.name: no model {name}: {error}") from None
     config.use_cache = False
-    _scale_positions(recipe, config)
+    scale_positions(recipe, config)
     return config
 
 
-def _scale_positions(recipe: Recipe, config: Any) -> None:
-    """Set RoPE for ``max_position_embeddings``, or refuse rows that are too long for the model."""
-    text = config.get_text_config()
-    name = next((n for n in _POSITIONS if isinstance(getattr(text, n, None), int)), None)
-    own = getattr(text, name) if name else None
-    wanted, rope = recipe.max_position_embeddings, recipe.rope
-    has_rope = isinstance(getattr(text, "rope_parameters", None), dict)
-    if (rope or (wanted and own and wanted > own)) and not has_rope:
-        key = "rope" if rope else "max_position_embeddings"
-        raise RecipeError(
-            f"{key}: {config.model_type} has no RoPE to scale"
-            + (f"; it knows {own} positions" if own else "")
-        )
-    if rope:
-        text.rope_parameters = {**text.rope_parameters, **rope}
-        _log.info("RoPE as the recipe says: %s", text.rope_parameters)
-    elif wanted and own and wanted > own:
-        kind = text.rope_parameters.get("rope_type")
-        if kind not in _UNSCALED:
-            raise RecipeError(
-                f"max_position_embeddings: the model knows {own} positions by RoPE of type {kind}, "
-                f"which linear scaling would replace; say how to reach {wanted} under rope"
-            )
-        factor = float(math.ceil(wanted / own))
-        text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": factor}
-        _log.info("RoPE is scaled linearly by %g: %d positions instead of %d", factor, wanted, own)
-    if wanted and name and own and wanted > own:
-        setattr(text, name, wanted)
-        own = wanted
-    if own and recipe.data.max_length > own:
-        raise RecipeError(
-            f"data.max_length: rows of {recipe.data.max_length} tokens, but the model knows {own} "
-            f"positions; set max_position_embeddings to {recipe.data.max_length}"
-        )
+def _refuse_unknown(given: Mapping[str, Any], config: Any) -> None:
+    """Raise RecipeError for keys that transformers keeps, but no model of this type reads."""
+    known = {field.name for field in fields(config)} | type(config).attribute_map.keys()
+    for key in given:
+        if key not in known and key in vars(config):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"model.config.{key}: {config.model_type} has no such setting{hint}")
 
 
 def build_model(recipe: Recipe, config: Any, *, on_all: bool) -> nn.Module:
@@ -101,9 +71,8 @@ def build_model(recipe: Recipe, config: Any, *, on_all: bool) -> nn.Module:
         except OSError as error:
             raise RecipeError(f"model.name: no weights in {settings.name}: {error}") from None
     options |= {"dtype": torch.float32}
-    if is_first:
-        return AutoModelForCausalLM.from_config(config, **options)
-    with parameters_on_meta():
+    key = "model.name" if settings.config is None else "model.config"
+    with reported(key), nullcontext() if is_first else parameters_on_meta():
         return AutoModelForCausalLM.from_config(config, **options)
 
 

@@ -1,6 +1,8 @@
 """Recipes: what a training run is, as YAML with typed keys. Unknown keys are refused."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,22 @@ from seq1f1b.errors import Seq1F1BError
 
 class RecipeError(Seq1F1BError, ValueError):
     """A recipe, or a flag that changes it, says something impossible; lists all of it."""
+
+
+@contextmanager
+def reported(key: str) -> Iterator[None]:
+    """Report whatever transformers raises of a configuration as a fault of ``key``."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:  # of its validators, torch's, or a KeyError of one of its tables
+        cause = error.__cause__ or error
+        lines = str(cause.args[0]).strip().splitlines() if cause.args else []
+        text = lines[0] if lines else repr(cause)
+        if isinstance(cause, KeyError) and " " not in text:
+            text = f"transformers has nothing named {text!r}"
+        raise RecipeError(f"{key}: {text}") from error
 
 
 class _Section(BaseModel):
@@ -163,7 +181,9 @@ class Recipe(_Section):
         "by ceil(new / own), or as rope says.",
     )
     rope: dict[str, Any] | None = Field(
-        None, description="rope_parameters of the model's configuration, such as rope_type: yarn."
+        None,
+        description="rope_parameters of the model's configuration, such as rope_type: yarn. Of a "
+        "model with RoPE by type of layer, those of full_attention, or of each type that is named.",
     )
     seed: int = Field(0, ge=0, description="Of data order, dropout and random weights.")
     log_every: PositiveInt = Field(1, description="Steps between lines of metrics.jsonl.")

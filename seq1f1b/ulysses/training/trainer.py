@@ -20,7 +20,7 @@ from seq1f1b.ulysses.training.checkpoints import Checkpoints, Progress, choose, 
 from seq1f1b.ulysses.training.data import Order, PackedRows, RowBatch, prepare_rows
 from seq1f1b.ulysses.training.engine import Engine
 from seq1f1b.ulysses.training.model import make_config
-from seq1f1b.ulysses.training.recipe import Recipe
+from seq1f1b.ulysses.training.recipe import Recipe, RecipeError
 from seq1f1b.ulysses.training.report import Reporter, SilentReporter
 from seq1f1b.ulysses.training.schedule import learning_rate
 from seq1f1b.ulysses.training.setup import make_engine, make_groups, num_micro_batches
@@ -120,6 +120,7 @@ def train(
     tokenizer, name = make_tokenizer(recipe)
     config = make_config(recipe, len(tokenizer))
     rows = prepare_rows(recipe.data, tokenizer, name, folder / "data")
+    _refuse_unknown_tokens(recipe, config, len(tokenizer), rows)
     engine = make_engine(recipe, config, parallel, device, deepspeed)
     num_steps = _num_steps(recipe, len(rows.rows))
     trainer = Trainer(recipe, parallel, engine, rows, device, num_steps)
@@ -138,6 +139,20 @@ def train(
     if recipe.checkpoints.export:
         export(engine, config, tokenizer, model_folder)
     return model_folder
+
+
+def _refuse_unknown_tokens(recipe: Recipe, config: Any, num_tokens: int, rows: PackedRows) -> None:
+    """Raise RecipeError for tokens that the model has no embedding for."""
+    known = config.get_text_config().vocab_size
+    if num_tokens <= known:
+        return
+    largest = int(rows.store.tokens.max(initial=0))
+    if largest >= known:
+        key = "data.tokenizer" if recipe.model.config is None else "model.config.vocab_size"
+        raise RecipeError(
+            f"{key}: the model knows {known} tokens, and the data has token {largest} of a "
+            f"tokenizer of {num_tokens}"
+        )
 
 
 def _num_steps(recipe: Recipe, num_rows: int) -> int:

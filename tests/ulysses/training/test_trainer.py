@@ -180,6 +180,9 @@ def test_old_checkpoints_go(workers, texts, tmp_path):
         (1, {"data.tokenizer": None}, "data.tokenizer: missing"),
         (1, {"memory.mlp_tile": 4, "model.config": {"model_type": "opt"}}, "mlp_tile: "),
         (1, {"rope": {"rope_type": "yarn"}, "model.config": {"model_type": "gpt2"}}, "no RoPE"),
+        (1, {"model.config.vocab_size": 100}, "vocab_size: the model knows 100 tokens, and the da"),
+        (1, {"model.config.hidden_act": "sillu"}, "transformers has nothing named 'sillu'"),
+        (1, {"model.config": {"model_type": "t5"}}, "model.config: Unrecognized configuration cl"),
         (1, {"model.attention_core": "flesh"}, "no attention core 'flesh'"),
     ],
 )
