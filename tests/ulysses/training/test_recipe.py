@@ -67,6 +67,20 @@ def test_every_key_is_documented():
     assert ("data.max_length", "required", "Tokens of a row.") in rows
 
 
+def test_the_command_prints_every_key():
+    printed = CliRunner().invoke(app, ["list-cfg", "--keys"]).output
+    lines = printed.splitlines()
+    for key, default, meaning in documented_keys():
+        assert any(line.split()[:2] == [key, default.split()[0]] for line in lines), key
+        assert meaning.split()[0] in printed
+    only = CliRunner().invoke(app, ["list-cfg", "--keys", "-p", "TILE"]).output
+    assert [line.split()[0] for line in only.splitlines() if "memory." in line] == [
+        "memory.loss_tile",
+        "memory.mlp_tile",
+    ]
+    assert CliRunner().invoke(app, ["list-cfg", "--keys", "-p", "zebra"]).exit_code == 1
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_that_come_with_the_package_are_sound(name):
     recipe = read_recipe(recipe_path(name))
