@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -41,7 +41,7 @@ def reported(key: str) -> Iterator[None]:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(_Section):
@@ -96,7 +96,7 @@ class DataSettings(_Section):
     tokenizer: str | None = Field(
         None, description="A folder, a name on the hub, or bytes. [default: the model's own]"
     )
-    max_length: PositiveInt = Field(description="Tokens of a row.")
+    max_length: int = Field(ge=2, description="Tokens of a row.")
     packing: Literal["whole", "cut", "none"] = Field(
         "whole",
         description="whole: documents share rows and stay in one piece where they fit; cut: rows "
@@ -105,6 +105,9 @@ class DataSettings(_Section):
     too_long: Literal["cut", "drop"] = Field(
         "cut", description="What becomes of documents that are longer than a row."
     )
+
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingSettings(_Section):
@@ -125,7 +128,7 @@ class TrainingSettings(_Section):
         "cosine", description="How the learning rate falls after that."
     )
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW; not on vectors.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Of AdamW.")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.95), description="Of AdamW.")
     eps: PositiveFloat = Field(1e-8, description="Of AdamW.")
     max_grad_norm: PositiveFloat | None = Field(
         1.0, description="Gradients are scaled down to this norm; null turns it off."
@@ -135,6 +138,15 @@ class TrainingSettings(_Section):
     def _one_of_two(self) -> "TrainingSettings":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _falls(self) -> "TrainingSettings":
+        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is above learning_rate "
+                f"{self.learning_rate:g}"
+            )
         return self
 
 
@@ -185,7 +197,7 @@ class Recipe(_Section):
         description="rope_parameters of the model's configuration, such as rope_type: yarn. Of a "
         "model with RoPE by type of layer, those of full_attention, or of each type that is named.",
     )
-    seed: int = Field(0, ge=0, description="Of data order, dropout and random weights.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of data order, dropout and random weights.")
     log_every: PositiveInt = Field(1, description="Steps between lines of metrics.jsonl.")
     model: ModelSettings
     data: DataSettings

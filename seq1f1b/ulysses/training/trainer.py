@@ -57,7 +57,9 @@ class Trainer:
         order = Order(len(self.rows.rows), settings.global_batch_size, self.recipe.seed)
         own = order.step(number)[self.parallel.data_rank :: self.parallel.data_size]
         size = settings.micro_batch_size
-        batches = [self.rows.batch(own[i : i + size]) for i in range(0, len(own), size)]
+        # a token of each sub-sequence for each rank: all groups compute as many of them
+        least = self.recipe.memory.subsequences * self.parallel.size
+        batches = [self.rows.batch(own[i : i + size], least) for i in range(0, len(own), size)]
         counts = torch.tensor(
             [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)]
         )

@@ -1,5 +1,6 @@
 """Recipes: typed keys, unknown ones refused, every one documented."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ SOURCE = Path("texts.jsonl")
     "changes, message",
     [
         ({"sequence_paralel_size": 2}, "no such key; did you mean sequence_parallel_size?"),
+        ({"training.betas": [1.5, 0.9]}, "training.betas.0: Input should be less than 1, not 1.5"),
+        ({"training.learning_rate": math.inf}, "learning_rate: Input should be a finite number"),
+        ({"training.min_learning_rate": 1.0}, "min_learning_rate 1 is above learning_rate 0.01"),
+        ({"data.max_length": 1}, "data.max_length: Input should be greater than or equal to 2"),
         ({"training.learning_rat": 1.0}, "training.learning_rat: no such key; did you mean"),
         ({"training.zebra": 1.0}, "training.zebra: no such key; known here: steps, epochs"),
         ({"training.steps": "many"}, "training.steps: Input should be a valid integer"),

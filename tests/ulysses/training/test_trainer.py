@@ -111,6 +111,17 @@ def test_a_run_equals_plain_torch(workers, texts, tmp_path, ranks, changes):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_rows_may_have_fewer_tokens_than_sub_sequences(workers, tmp_path):
+    """Other groups compute as many sub-sequences, and wait for this one."""
+    texts = tmp_path / "short.jsonl"
+    texts.write_text("".join(f'{{"text": "{"ab" * (1 + i % 5)}"}}\n' for i in range(20)))
+    changes = {"data.packing": "none", "memory.subsequences": 5, "data.max_length": 24}
+    settings = recipe(texts, **changes)
+    assert workers(4).run(run, settings, tmp_path / "run") == [""] * 4
+    wanted = by_plain_torch(settings, tmp_path / "run" / "data")
+    assert losses(tmp_path / "run") == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_killed_run_goes_on_bit_by_bit(workers, texts, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = recipe(texts)

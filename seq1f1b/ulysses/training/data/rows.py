@@ -46,9 +46,9 @@ class PackedRows:
     store: Store
     rows: list[Row]
 
-    def batch(self, indices: Sequence[int]) -> RowBatch:
-        """Return some rows, padded on the right to the longest of them."""
-        length = max(sum(piece.length for piece in self.rows[i]) for i in indices)
+    def batch(self, indices: Sequence[int], least: int = 1) -> RowBatch:
+        """Return some rows, padded on the right to the longest of them or to ``least`` tokens."""
+        length = max(least, *(sum(piece.length for piece in self.rows[i]) for i in indices))
         ids = torch.zeros(len(indices), length, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         positions, mask = torch.zeros_like(ids), torch.zeros_like(ids)
