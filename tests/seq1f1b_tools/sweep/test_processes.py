@@ -93,7 +93,7 @@ def start_nodes(bench: Bench, *variables: dict[str, str]) -> list[tuple[int, str
 
 @pytest.mark.distributed
 def test_nodes_agree_on_runs_and_only_the_first_reports(bench):
-    bench.behave(average="fails")
+    bench.behave(average="fails on both nodes")
     (status, text), (other_status, other_text) = start_nodes(bench, {}, {})
     assert status == 1, text
     assert other_status == 1, other_text
