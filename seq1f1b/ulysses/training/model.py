@@ -30,7 +30,7 @@ def make_config(recipe: Recipe, vocabulary: int) -> Any:
         given.setdefault("vocab_size", vocabulary)
         with reported("model.config"):
             config = AutoConfig.for_model(model_type, **given)
-            _refuse_unknown(given, config)
+            refuse_unknown(given, config)
     elif name is not None:
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
@@ -41,9 +41,10 @@ def make_config(recipe: Recipe, vocabulary: int) -> Any:
     return config
 
 
-def _refuse_unknown(given: Mapping[str, Any], config: Any) -> None:
+def refuse_unknown(given: Mapping[str, Any], config: Any) -> None:
     """Raise RecipeError for keys that transformers keeps, but no model of this type reads."""
     known = {field.name for field in fields(config)} | type(config).attribute_map.keys()
+    known |= vars(type(config)()).keys()
     for key in given:
         if key not in known and key in vars(config):
             near = difflib.get_close_matches(key, known, n=1)

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from seq1f1b.ulysses.training.model import make_config
+from seq1f1b.ulysses.training.model import make_config, refuse_unknown
 from seq1f1b.ulysses.training.recipe import RecipeError
+from tests.ulysses.families import FAMILIES
 from tests.ulysses.training.recipes import recipe
 
 GEMMA = {
@@ -87,6 +88,13 @@ def test_settings_that_no_model_can_have_are_refused(changes, message):
 )
 def test_names_that_transformers_maps_to_others_are_settings(settings):
     assert config(**{"model.config": settings}).model_type == settings["model_type"]
+
+
+@pytest.mark.parametrize("name", sorted({family.model_type for family in FAMILIES.values()}))
+def test_every_setting_that_transformers_writes_is_known(name):
+    config = AutoConfig.for_model(name)
+    names = {"model_type", "transformers_version"}
+    refuse_unknown({k: v for k, v in config.to_dict().items() if k not in names}, config)
 
 
 def frequencies(made: Any, kind: str) -> torch.Tensor:
