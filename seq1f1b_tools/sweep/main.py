@@ -12,7 +12,7 @@ from seq1f1b_tools.sweep.nodes import Nodes, NodesError
 from seq1f1b_tools.sweep.preview import preview
 from seq1f1b_tools.sweep.records import OutputError
 from seq1f1b_tools.sweep.report import print_table, write_csv
-from seq1f1b_tools.sweep.settings import SettingsError, read_settings
+from seq1f1b_tools.sweep.settings import SettingsError, misspelled, read_settings
 from seq1f1b_tools.sweep.sweep import Sweep
 
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], num_gpus: int | N
             file=sys.stderr,
         )
         return 2
+    for name, near in misspelled(environ):
+        print(f"exp.sh: warning: {name} is no setting; did you mean {near}?", file=sys.stderr)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH_WITHOUT_TERMINAL)

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,14 @@ def read_settings(environ: Mapping[str, str], num_gpus: int) -> Settings:
     if faults:
         raise SettingsError("\n".join(faults))
     return _settings(values, given, num_gpus)
+
+
+def misspelled(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield names in the environment that are nearly those of a variable, with that one."""
+    names = [variable.name for variable in VARIABLES]
+    for name in sorted(environ.keys() - set(names)):
+        for near in get_close_matches(name, names, n=1, cutoff=0.85):
+            yield name, near
 
 
 def _contradictions(values: Mapping[str, Any], num_gpus: int) -> Iterator[str]:

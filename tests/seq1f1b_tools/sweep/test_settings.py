@@ -15,6 +15,7 @@ from seq1f1b_tools.sweep.settings import (
     VARIABLES,
     SettingsError,
     help_text,
+    misspelled,
     read_settings,
 )
 from tests.seq1f1b_tools.sweep.bench import AVERAGE, BASELINE, UNIFORM
@@ -88,6 +89,17 @@ def test_all_bad_values_are_listed_at_once_before_anything_runs(bench, capsys):
     for name in ("SPLITS=0", "TP=x", "NODE_RANK=2", "MASTER_ADDR: must be set", "TAKE_TURNS=1: "):
         assert name in text
     assert not bench.output.exists()
+
+
+def test_a_misspelled_variable_is_named(bench, capsys):
+    typos = {"MODEL_SIZE": "2.7b", "SEQ_LENGHTS": "64"}
+    assert main([], bench.environ(DRY_RUN="1", **typos), num_gpus=0) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "exp.sh: warning: MODEL_SIZE is no setting; did you mean MODEL_SIZES?",
+        "exp.sh: warning: SEQ_LENGHTS is no setting; did you mean SEQ_LENGTHS?",
+    ]
+    usual = ("HOME", "PATH", "MASTER_ADDRESS_FILE", "TMPDIR", "DATE", "TPU", "SLURM_NNODES")
+    assert not list(misspelled(dict.fromkeys(usual, "1")))
 
 
 def test_more_gpus_than_there_are_is_refused():
