@@ -16,8 +16,8 @@ _SMALL, _SMALL_SEGMENT = MIB, 2 * MIB
 _LARGE, _LARGE_SEGMENT, _LARGE_ROUND = 10 * MIB, 20 * MIB, 2 * MIB
 
 
-_SEGMENT = 1 << 48
-"""Addresses from the start of one segment to the next, more than any segment has bytes."""
+Block = tuple[int, int, int]
+"""A piece of a segment: its size, the segment's number and the offset there."""
 
 
 class Allocator:
@@ -26,31 +26,34 @@ class Allocator:
     def __init__(self) -> None:
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._small, self._large = _Pool(_ROUND), _Pool(_SMALL + _ROUND)
+        self._small, self._large = _Pool(), _Pool()
+        self._segments: dict[int, int] = {}
         self._num_segments = 0
 
-    def allocate(self, num_bytes: float) -> "Block":
+    def allocate(self, num_bytes: float) -> Block:
         """Take a block for a tensor."""
         size = -(-int(num_bytes) // _ROUND) * _ROUND or _ROUND
-        pool = self._small if size <= _SMALL else self._large
-        block = pool.take(size)
-        if block is None:
-            pool.put(self._reserve(size), self._num_segments * _SEGMENT)
-            block = pool.take(size)
-            assert block is not None
-        self.allocated += block[0]
+        is_small = size <= _SMALL
+        pool = self._small if is_small else self._large
+        room, segment, offset = pool.take(size) or self._reserve(size)
+        rest = room - size
+        if rest >= _ROUND if is_small else rest > _SMALL:
+            pool.add((rest, segment, offset + size))
+        else:
+            size = room
+        self.allocated += size
         if self.allocated > self.peak_allocated:
             self.peak_allocated = self.allocated
-        return block
+        return size, segment, offset
 
-    def free(self, block: "Block") -> None:
+    def free(self, block: Block) -> None:
         """Return a block."""
-        size, start, pool = block
-        self.allocated -= size
-        pool.put(size, start)
+        self.allocated -= block[0]
+        is_small = self._segments[block[1]] == _SMALL_SEGMENT
+        (self._small if is_small else self._large).merge(block)
 
-    def _reserve(self, size: int) -> int:
-        """Reserve a segment for a request that fits into no free block; return its size."""
+    def _reserve(self, size: int) -> Block:
+        """Reserve a segment for a request that fits into no free block."""
         if size <= _SMALL:
             room = _SMALL_SEGMENT
         elif size < _LARGE:
@@ -58,55 +61,54 @@ class Allocator:
         else:
             room = -(-size // _LARGE_ROUND) * _LARGE_ROUND
         self._num_segments += 1
+        self._segments[self._num_segments] = room
         self.reserved += room
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return room
+        return room, self._num_segments, 0
 
 
 class _Pool:
-    """Free blocks by size, and by both of their ends.
+    """Free blocks by size, and by both of their ends."""
 
-    ``least_rest``: what a block must have beyond a request to be split.
-    """
+    def __init__(self) -> None:
+        self._by_size: list[Block] = []
+        self._starts: dict[tuple[int, int], Block] = {}
+        self._ends: dict[tuple[int, int], Block] = {}
 
-    def __init__(self, least_rest: int) -> None:
-        self._least_rest = least_rest
-        self._by_size: list[tuple[int, int]] = []
-        self._sizes: dict[int, int] = {}
-        self._starts: dict[int, int] = {}
-
-    def take(self, size: int) -> "Block | None":
-        """Take the smallest block of at least ``size`` bytes, the oldest segment's first."""
-        index = bisect_left(self._by_size, (size, 0))
+    def take(self, size: int) -> Block | None:
+        """Remove the smallest block of at least ``size`` bytes, the oldest segment's first."""
+        index = bisect_left(self._by_size, (size, 0, 0))
         if index == len(self._by_size):
             return None
-        room, start = self._by_size.pop(index)
-        del self._sizes[start]
-        rest = room - size
-        if rest < self._least_rest:
-            del self._starts[start + room]
-            return room, start, self
-        end = start + size
-        insort(self._by_size, (rest, end))
-        self._sizes[end] = rest
-        self._starts[end + rest] = end
-        return size, start, self
+        block = self._by_size.pop(index)
+        room, segment, offset = block
+        del self._starts[segment, offset]
+        del self._ends[segment, offset + room]
+        return block
 
-    def put(self, size: int, start: int) -> None:
+    def add(self, block: Block) -> None:
+        """Add a block that has no free neighbour."""
+        size, segment, offset = block
+        insort(self._by_size, block)
+        self._starts[segment, offset] = block
+        self._ends[segment, offset + size] = block
+
+    def remove(self, block: Block) -> None:
+        """Remove a free block."""
+        size, segment, offset = block
+        del self._by_size[bisect_left(self._by_size, block)]
+        del self._starts[segment, offset]
+        del self._ends[segment, offset + size]
+
+    def merge(self, block: Block) -> None:
         """Add a block, together with the free ones on either side of it."""
-        end = start + size
-        before = self._starts.pop(start, None)
+        size, segment, offset = block
+        before = self._ends.get((segment, offset))
         if before is not None:
-            del self._by_size[bisect_left(self._by_size, (start - before, before))]
-            start = before
-        after = self._sizes.pop(end, None)
+            self.remove(before)
+            size, offset = size + before[0], before[2]
+        after = self._starts.get((segment, offset + size))
         if after is not None:
-            del self._by_size[bisect_left(self._by_size, (after, end))]
-            end += after
-        insort(self._by_size, (end - start, start))
-        self._sizes[start] = end - start
-        self._starts[end] = start
-
-
-Block = tuple[int, int, _Pool]
-"""A piece of a segment: its size, its address, and the pool that it returns to."""
+            self.remove(after)
+            size += after[0]
+        self.add((size, segment, offset))
