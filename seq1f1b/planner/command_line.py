@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
+from seq1f1b.errors import did_you_mean
 from seq1f1b.planner.arguments import Option, options
 from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.refusals import REFUSED
@@ -147,6 +147,5 @@ def _unknown(word: str) -> str:
         return f"{word!r} belongs to no option"
     flag = word.split("=")[0]
     known = [name for name in _parser()._option_string_actions if name.startswith("--")]
-    near = get_close_matches(flag, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(flag, known)
     return f"{flag}: neither Megatron nor this project has this option{hint}"

@@ -1,15 +1,14 @@
 """The model of a run: its configuration, position scaling, and weights."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from seq1f1b.errors import did_you_mean
 from seq1f1b.ulysses.training.positions import scale_positions
 from seq1f1b.ulysses.training.recipe import Recipe, RecipeError, reported
 
@@ -43,12 +42,10 @@ def make_config(recipe: Recipe, vocabulary: int) -> Any:
 
 def refuse_unknown(given: Mapping[str, Any], config: Any) -> None:
     """Raise RecipeError for keys that transformers keeps, but no model of this type reads."""
-    known = {field.name for field in fields(config)} | type(config).attribute_map.keys()
-    known |= vars(type(config)()).keys()
+    known = vars(type(config)()).keys() | type(config).attribute_map.keys()
     for key in given:
         if key not in known and key in vars(config):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key, known)
             raise RecipeError(f"model.config.{key}: {config.model_type} has no such setting{hint}")
 
 

@@ -1,6 +1,5 @@
 """Recipes: what a training run is, as YAML with typed keys. Unknown keys are refused."""
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from seq1f1b.errors import Seq1F1BError
+from seq1f1b.errors import Seq1F1BError, did_you_mean
 
 
 class RecipeError(Seq1F1BError, ValueError):
@@ -232,9 +231,8 @@ def _sentence(fault: dict[str, Any]) -> str:
     key = ".".join(map(str, fault["loc"])) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = _keys_beside(fault["loc"])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: no such key; {hint}"
+        hint = did_you_mean(str(fault["loc"][-1]), known) or f"; known here: {', '.join(known)}"
+        return f"{key}: no such key{hint}"
     if fault["type"] == "missing":
         return f"{key}: missing, and there is no default"
     message = fault["msg"].removeprefix("Value error, ")
