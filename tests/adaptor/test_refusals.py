@@ -113,6 +113,7 @@ CASES: list[tuple[str, dict[str, object], str]] = [
         "--moe-expert-rank-capacity-factor drops other tokens",
     ),
     (_EXPERTS, {"moe_paged_stash": True}, "--moe-paged-stash drops other tokens"),
+    (f"{_EXPERTS} --mlp-chunks-for-training 2", {}, "--mlp-chunks-for-training balances experts"),
     (_EXPERTS, {"moe_enable_routing_replay": True}, "--moe-enable-routing-replay records"),
     ("", {"moe_routing_trace_path": "trace"}, "--moe-routing-trace-path records"),
     ("", {"logits_save_dir": "logits"}, "--logits-save-dir records"),

@@ -108,6 +108,18 @@ def test_experts(workers, experts):
     check(workers, situations)
 
 
+@pytest.mark.parametrize("of", ["balance", "z_loss"])
+def test_a_router_that_is_called_twice_is_refused(workers, of):
+    """A second call in a forward would take the place of the first in the losses."""
+    coefficients = {"moe_z_loss_coeff": None} if of == "balance" else {"moe_aux_loss_coeff": 0.0}
+    config = LLAMA | {"mlp_chunks_for_training": 2} | coefficients
+    case = replace(_EXPERTS, num_stages=1, layers=2, config=config)
+    cases = [case, replace(case, recompute=True)]
+    (found,) = workers(1).run(outcomes, [Situation(c) for c in cases], timeout=300)
+    for outcome in found:
+        assert "a router is called several times in the forward of a sub-sequence" in str(outcome)
+
+
 def test_changes_that_repeat(workers):
     check(workers, [Situation(_CASE, change=change) for change in ("nothing", "scaled mask")])
 

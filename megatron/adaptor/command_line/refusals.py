@@ -596,6 +596,12 @@ TABLE: tuple[Refusal, ...] = (
         _DROPS,
     ),
     Refusal("--moe-paged-stash", _with_experts("moe_paged_stash"), _DROPS),
+    Refusal(
+        "--mlp-chunks-for-training",
+        lambda a: bool(a.args.num_experts) and a.args.mlp_chunks_for_training > 1,
+        "balances experts over each chunk of tokens, and sub-sequences have other chunks than the "
+        "whole: leave it out, or use --seq1f1b-splits 1",
+    ),
     Refusal("--moe-enable-routing-replay", _with_experts("moe_enable_routing_replay"), _RECORDS),
     Refusal("--moe-routing-trace-path", _set("moe_routing_trace_path"), _RECORDS),
     Refusal("--logits-save-dir", _set("logits_save_dir"), _RECORDS),

@@ -195,6 +195,7 @@ class RouterLosses:
                 **kwargs,
             )
         router, balance = self._router, self._balance_of_running()
+        self._check_first_call(balance.tokens, part.index)
         balance.tokens[part.index] = tokens_per_expert.detach()
         balance.probs[part.index] = probs.detach().sum(dim=0)
         balance.totals[part.index] = total_num_tokens
@@ -223,6 +224,7 @@ class RouterLosses:
         if part is None:
             return mean
         losses = self._z_losses.setdefault(self._owner, _ZLoss())
+        self._check_first_call(losses.means, part.index)
         count = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
         losses.means[part.index], losses.counts[part.index] = mean.detach(), count
         logs = part.is_last and self._runs_cut_forward
@@ -249,6 +251,15 @@ class RouterLosses:
                 f"{flag} with a padding mask depends on which rank has which token, under "
                 "--sequence-parallel and --context-parallel-size: leave the padding mask out, or "
                 "use --seq1f1b-splits 1"
+            )
+
+    def _check_first_call(self, known: dict[int, Tensor], sub_sequence: int) -> None:
+        """Refuse routers that a forward calls several times: each call would replace the last."""
+        if self._runs_cut_forward and sub_sequence in known:
+            raise ValueError(
+                "a router is called several times in the forward of a sub-sequence, and its losses "
+                "are exact for one call only: let each layer have a router of its own and call it "
+                "once (mlp_chunks_for_training 1), or use --seq1f1b-splits 1"
             )
 
     @property
