@@ -51,8 +51,12 @@ def model_faults(a: Arguments) -> Iterator[str]:
             f"--max-position-embeddings {a.max_position_embeddings}: below --seq-length "
             f"{a.seq_length}"
         )
+    if a.position_embedding_type == "relative":
+        yield "--position-embedding-type relative: a GPT has no relative positions"
     if a.mtp_num_layers and a.position_embedding_type not in ("rope", "none"):
         yield "--mtp-num-layers: needs --position-embedding-type rope or none"
+    if a.overlap_param_gather and not (a.use_distributed_optimizer and a.overlap_grad_reduce):
+        yield "--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce"
     if a.optimizer not in ("adam", "sgd"):
         yield f"--optimizer {a.optimizer}: only the states of adam and sgd are modelled"
     if a.num_experts:

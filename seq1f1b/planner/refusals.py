@@ -4,6 +4,9 @@ _RECURRENT = "layers other than attention and MLP are not modelled"
 _SHARDED = "sharded weights are not modelled; --use-distributed-optimizer is"
 _PRECISION = "only bf16, fp16 and fp32 are modelled"
 _OFFLOADED = "offloading is not modelled; recomputation is"
+_VISITS = "seq1f1b plan-offload plans model chunks that are kept in host memory"
+_DELAYED = "delayed weight gradients are not modelled; --seq1f1b-schedule zb-h1 is"
+_GRAPHS = "CUDA graphs are not modelled: leave it out"
 
 REFUSED: dict[str, str] = {
     "--fp8-format": _PRECISION,
@@ -14,11 +17,27 @@ REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": _SHARDED,
     "--use-torch-fsdp2": _SHARDED,
     "--tensor-parallel-num-weight-shards": _SHARDED,
+    "--expert-tensor-parallel-num-weight-shards": _SHARDED,
     "--num-distributed-optimizer-instances": "one instance is modelled",
     "--cpu-offloading-num-layers": _OFFLOADED,
     "--fine-grained-activation-offloading": _OFFLOADED,
     "--optimizer-cpu-offload": _OFFLOADED,
     "--moe-paged-stash": _OFFLOADED,
+    "--offload-model-chunks": _VISITS,
+    "--offload-prefetch": _VISITS,
+    "--offload-just-in-time-updates": _VISITS,
+    "--offload-link-gb-per-s": _VISITS,
+    "--offload-link-roots": _VISITS,
+    "--delay-wgrad-compute": _DELAYED,
+    "--defer-embedding-wgrad-compute": _DELAYED,
+    "--cuda-graph-impl": _GRAPHS,
+    "--enable-cuda-graph": _GRAPHS,
+    "--external-cuda-graph": _GRAPHS,
+    "--seq1f1b-turn": "turns of whole micro-batches are modelled: give "
+    "--microbatch-group-size-per-virtual-pipeline-stage",
+    "--mlp-chunks-for-training": "MLPs in chunks are not modelled; recomputation is",
+    "--freeze-all-layers": "every weight is trained",
+    "--no-position-embedding": "Megatron has replaced it by --position-embedding-type",
     "--hybrid-layer-pattern": _RECURRENT,
     "--hybrid-override-pattern": _RECURRENT,
     "--mtp-hybrid-override-pattern": _RECURRENT,
@@ -41,6 +60,7 @@ REFUSED: dict[str, str] = {
     "--moe-layer-recompute": "give --recompute-granularity selective --recompute-modules moe",
     "--moe-latent-size": "experts of another width than the hidden size are not modelled",
     "--moe-expert-capacity-factor": "experts that drop tokens are not modelled",
+    "--moe-expert-rank-capacity-factor": "experts that drop tokens are not modelled",
     "--moe-pad-expert-input-to-capacity": "experts that drop tokens are not modelled",
     "--mtp-use-repeated-layer": "each layer of multi-token prediction has weights of its own",
     "--hybrid-context-parallel": "context-parallel groups of different sizes are not modelled",

@@ -115,7 +115,8 @@ class _Resolver:
         if setting.cuts and any(length % setting.multiple for length in setting.cuts):
             raise SettingError([f"--seq1f1b-lengths: not multiples of {setting.multiple}"])
         if setting.recompute.loss and not setting.runs_executor:
-            raise SettingError(["--seq1f1b-recompute-loss: goes with --seq1f1b-splits only"])
+            only = "goes with --seq1f1b-splits only, or with --seq1f1b-schedule 1f1b"
+            raise SettingError([f"--seq1f1b-recompute-loss: {only}"])
         try:
             assert setting.parts
         except PartitionError as error:
@@ -235,8 +236,7 @@ class _Resolver:
 
     def _sub_sequence_faults(self, num_splits: int, tp: int, cp: int) -> Iterator[str]:
         """Yield what the executor, which also runs whole micro-batches in other orders, refuses."""
-        name = self.name or _trained_schedule(self.a)
-        if num_splits == 1 and (name is None or name.is_megatrons):
+        if not self._runs_executor(num_splits):
             return
         if self.a.attention_dropout:
             if "attention_dropout" in self.values:
@@ -253,6 +253,10 @@ class _Resolver:
                     f"--context-parallel-size {cp}: times the tensor-parallel size does not divide "
                     f"the {heads} heads of keys and values, which sub-sequences need"
                 )
+
+    def _runs_executor(self, num_splits: int) -> bool:
+        is_others = self.name is not None and not self.name.is_megatrons
+        return num_splits > 1 or is_others or self.a.names_schedule
 
     def _schedule_name(self, chunks: int, splits: int, micro_batches: int) -> ScheduleName:
         """Return the schedule by name or by shape, once its shape is known to be possible."""
@@ -273,7 +277,7 @@ class _Resolver:
                 f"--microbatch-group-size-per-virtual-pipeline-stage {group}: at least {stages}, "
                 "the number of stages"
             )
-        elif name is ScheduleName.INTERLEAVED:
+        elif name is ScheduleName.INTERLEAVED and not self._runs_executor(splits):
             self._check_turns(group or stages, micro_batches)
         return name
 

@@ -71,7 +71,8 @@ class Setting:
     @property
     def runs_executor(self) -> bool:
         """Whether the executor of sub-sequences runs the steps, and not Megatron's own loop."""
-        return self.num_splits > 1 or not self.schedule_name.is_megatrons
+        is_megatrons = self.schedule_name.is_megatrons and not self.arguments.names_schedule
+        return self.num_splits > 1 or not is_megatrons
 
     @property
     def num_stages(self) -> int:
@@ -204,4 +205,6 @@ def megatron_values(setting: Setting) -> dict[str, Any]:
         values["seq1f1b_schedule"] = "zb-h1"
     elif setting.schedule_name == "greedy":
         values["seq1f1b_schedule"] = "greedy"
+    if values["seq1f1b_schedule"] != "greedy":
+        values["seq1f1b_max_live"] = None
     return values

@@ -11,7 +11,7 @@ _PROGRAM = """
 import contextlib, io, json, sys
 from megatron.adaptor import install
 install()
-from megatron.adaptor.reports.outlook import advice, setting_of
+from megatron.adaptor.reports.outlook import MemoryLine, advice, setting_of
 from megatron.training.arguments import validate_args
 from tests.programs import parse_args
 answers = []
@@ -22,6 +22,7 @@ for words in json.loads(sys.stdin.read()):
         with contextlib.redirect_stdout(out):
             args = parse_args()
             validate_args(args)
+            MemoryLine(lambda: True).report_theoretical_memory(None, args)
             found = [args.seq1f1b_splits, list(setting_of(args).lengths), list(advice(args))]
         answers.append([out.getvalue(), *found])
     except SystemExit as error:
@@ -34,6 +35,9 @@ _BASE = shlex.split(
     "--max-position-embeddings 8192 --micro-batch-size 1 --global-batch-size 8 --train-iters 4 "
     "--attention-dropout 0 --hidden-dropout 0 --position-embedding-type rope --vocab-size 20000"
 )
+_OFFLOAD = shlex.split(
+    "--use-distributed-optimizer --num-virtual-stages-per-pipeline-rank 2 --offload-model-chunks 1"
+)
 _PIPELINE = ("--pipeline-model-parallel-size", "4")
 
 CASES = {
@@ -41,6 +45,8 @@ CASES = {
     "uneven": [*_BASE, *_PIPELINE, "--seq1f1b-splits", "4", "--seq1f1b-balance-method", "average"],
     "no pipeline": [*_BASE, "--seq1f1b-splits", "4"],
     "over-split": [*_BASE, *_PIPELINE, "--seq1f1b-splits", "64"],
+    "auto, offloaded": [*_BASE, *_PIPELINE, *_OFFLOAD, "--seq1f1b-splits", "auto"],
+    "offloaded": [*_BASE, *_PIPELINE, *_OFFLOAD, "--seq1f1b-splits", "4"],
     "lengths": [*_BASE, *_PIPELINE, "--seq1f1b-lengths", "4096", "2048", "2048"],
 }
 
@@ -63,6 +69,20 @@ def test_auto_picks_a_number_and_prints_why(answers):
     assert len(lengths) == splits
     assert f"--seq1f1b-splits auto: {splits}, " in printed
     assert "shortest step of" in printed
+
+
+def test_auto_is_refused_where_the_planner_has_no_model(answers):
+    refused, message, *_ = answers["auto, offloaded"]
+    assert refused == "refused"
+    assert "--seq1f1b-splits auto: --offload-model-chunks: seq1f1b plan-offload plans" in message
+    assert message.endswith("; or give a number of splits")
+
+
+def test_no_memory_is_estimated_of_what_the_planner_has_no_model_of(answers):
+    assert "Memory of stage 3 with 4 sub-sequences" in answers["uneven"][0]
+    printed = answers["offloaded"][0]
+    assert "Memory of stage" not in printed
+    assert "not estimated: --offload-model-chunks: seq1f1b plan-offload plans" in printed
 
 
 @pytest.mark.parametrize(

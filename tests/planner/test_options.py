@@ -65,6 +65,11 @@ def test_flags_without_effect_are_listed():
         ("--normalization Norm", "--normalization"),
         ("--fp8-format hybrid", "--fp8-format: only bf16, fp16 and fp32 are modelled"),
         ("--use-megatron-fsdp", "--use-megatron-fsdp: sharded weights are not modelled"),
+        ("--offload-model-chunks 2", "--offload-model-chunks: seq1f1b plan-offload plans"),
+        ("--seq1f1b-turn 8", "--seq1f1b-turn: turns of whole micro-batches are modelled"),
+        ("--cuda-graph-impl local", "--cuda-graph-impl: CUDA graphs are not modelled"),
+        ("--mlp-chunks-for-training 2", "--mlp-chunks-for-training: MLPs in chunks are not"),
+        ("--moe-expert-rank-capacity-factor 1", "-rank-capacity-factor: experts that drop tokens"),
         ("stray", "'stray' belongs to no option"),
     ],
 )
@@ -240,6 +245,17 @@ def test_everything_that_is_missing_is_listed_at_once():
         ({"num_layers": 0}, {}, "--num-layers 0: must be at least 1"),
         ({"fp16": True, "bf16": True}, {}, "choose one"),
         ({"mtp_num_layers": 1}, {}, "--mtp-num-layers: needs --position-embedding-type rope"),
+        ({"position_embedding_type": "relative"}, {}, "a GPT has no relative positions"),
+        (
+            {"overlap_param_gather": True, "use_distributed_optimizer": True},
+            {},
+            "--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce",
+        ),
+        (
+            {"seq1f1b_schedule": "1f1b", "attention_dropout": 0.1},
+            {},
+            "--attention-dropout 0.1: sub-sequences need 0",
+        ),
         (
             {"pipeline_model_parallel_size": 4, "global_batch_size": 6},
             {"schedule": ScheduleName.INTERLEAVED},
@@ -282,6 +298,26 @@ def test_lengths_are_multiples_of_what_parallelism_deals_out():
     )
     assert all(length % 128 == 0 for length in setting.lengths)
     assert sum(setting.lengths) == 4096
+
+
+def test_1f1b_by_name_is_the_executors_own():
+    """It runs whole micro-batches as Megatron's loop does, under the rules of sub-sequences."""
+    shape = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    named = BASE | shape | {"seq1f1b_schedule": "1f1b", "global_batch_size": 3}
+    setting = resolve(named | {"seq1f1b_recompute_loss": True})
+    assert setting.runs_executor
+    assert setting.schedule().num_micro_batches == 3  # which Megatron's own loop refuses
+    values = megatron_values(setting)
+    assert (values["attention_dropout"], values["seq1f1b_schedule"]) == (0.0, "1f1b")
+    assert "needs a multiple of 2" in faults(BASE | shape | {"global_batch_size": 3})
+
+
+def test_a_cap_is_written_for_greedy_only():
+    capped = BASE | {"pipeline_model_parallel_size": 2, "seq1f1b_max_live": 4}
+    capped |= {"global_batch_size": 4, "seq1f1b_splits": 2}
+    assert megatron_values(resolve(capped))["seq1f1b_max_live"] is None
+    greedy = resolve(capped, schedule=ScheduleName.GREEDY)
+    assert megatron_values(greedy)["seq1f1b_max_live"] == 4
 
 
 def test_a_setting_is_written_as_options_that_give_it_again():

@@ -17,6 +17,7 @@ from seq1f1b.planner.gpu import Gpu
 from seq1f1b.planner.here import device_here
 from seq1f1b.planner.memory import GIB, estimate_peak, trace_memory
 from seq1f1b.planner.problem import Problem
+from seq1f1b.planner.refusals import REFUSED
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.runtime import runtime
 from seq1f1b.planner.setting import Setting
@@ -24,6 +25,17 @@ from seq1f1b.planner.time import StepTime, step_time
 from seq1f1b.sequence import BALANCE_METHODS
 
 _SPLITS = (1, 2, 4, 8, 16)
+_DESTINATIONS = {"--fp8-format": "fp8", "--fp4-format": "fp4"}
+# Values without effect, where these are not false.
+_OFF = {
+    "num_distributed_optimizer_instances": 1,
+    "tensor_parallel_num_weight_shards": 1,
+    "expert_tensor_parallel_num_weight_shards": 1,
+    "mlp_chunks_for_training": 1,
+    "cuda_graph_impl": "none",
+}
+# Megatron derives these from the flags that have replaced them.
+_DERIVED = {"encoder_num_layers", "encoder_seq_length", "decoder_num_layers", "decoder_seq_length"}
 _DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
@@ -34,6 +46,8 @@ def choose_splits(args: argparse.Namespace) -> str | None:
     """
     if args.seq1f1b_splits != AUTO:
         return None
+    if faults := list(not_modelled(args)):
+        return f"--seq1f1b-splits auto: {'; '.join(faults)}; or give a number of splits"
     device = described_device()
     if device is None:
         return (
@@ -77,6 +91,15 @@ def _steps(args: argparse.Namespace, device: Gpu, balances: tuple[str, ...]) -> 
 
 def _gib(setting: Setting, device: Gpu) -> float:
     return estimate_peak(setting, runtime(device.runtime))
+
+
+def not_modelled(args: argparse.Namespace) -> Iterator[str]:
+    """Yield flags in effect that change memory or time in a way that the planner does not model."""
+    for flag, why in REFUSED.items():
+        name = _DESTINATIONS.get(flag) or flag.removeprefix("--").replace("-", "_")
+        value = getattr(args, name, None)
+        if value and value != _OFF.get(name) and name not in _DERIVED:
+            yield f"{flag}: {why}"
 
 
 def setting_of(
@@ -138,6 +161,9 @@ class MemoryLine:
         """Print what sub-sequences need, of which Megatron's own estimate knows nothing."""
         if not self._cuts():
             return original(args, num_microbatches=num_microbatches, verbose=verbose)
+        if faults := list(not_modelled(args)):
+            sys.stdout.write(f"Memory with sub-sequences is not estimated: {'; '.join(faults)}\n")
+            return None
         try:
             setting = setting_of(args)
         except SettingError:
