@@ -10,7 +10,7 @@ import pytest
 
 from seq1f1b.schedule import Kind, zb_h1
 from seq1f1b.timeline import read_trace
-from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, torchrun, train
+from tests.distributed.training_runs import ARGUMENTS, SCRIPTS, run_ranks, torchrun, train
 from tests.selection import mostly_long
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -119,3 +119,19 @@ def test_no_such_script():
     )
     assert run.returncode == 1
     assert "no such script: nowhere.py" in run.stderr
+
+
+_LATE = """
+import os, time
+time.sleep(2.0 * (os.environ["RANK"] == "0"))
+import pretrain_gpt
+pretrain_gpt.main()
+"""
+
+
+def test_a_refusal_is_printed_though_rank_0_is_the_last_to_come_to_it():
+    """The first rank that ends is the end of all."""
+    flags = ("--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 2, "--seq1f1b-max-live", 4)
+    run = run_ranks(2, "-c", _LATE, *ARGUMENTS, *flags)
+    assert run.returncode == 1
+    assert "--seq1f1b-max-live 4 goes with --seq1f1b-schedule greedy only" in run.stderr

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -18,6 +19,9 @@ from seq1f1b.attention.kernels import is_available
 from seq1f1b.files import cannot_fill, cannot_write
 from seq1f1b.schedule import ScheduleError
 from seq1f1b.sequence import PartitionError
+
+_PATIENCE = 10.0
+"""Seconds that ranks wait for rank 0 to print why all of them end."""
 
 
 class Arguments(NamedTuple):
@@ -81,11 +85,17 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
 
 
 def refuse(faults: list[str], rank: int) -> None:
-    """End the process if there are ``faults``; rank 0 prints all of them."""
+    """End the process if there are ``faults``; rank 0 prints all of them.
+
+    The others end later: launchers end all ranks when one has failed, and rank 0 may be behind.
+    """
     if not faults:
         return
+    if rank != 0:
+        time.sleep(_PATIENCE)
+        sys.exit(2)
     listing = "\n".join(f"  - {fault}" for fault in faults)
-    sys.exit(f"Seq1F1B cannot run with these arguments:\n{listing}" if rank == 0 else 2)
+    sys.exit(f"Seq1F1B cannot run with these arguments:\n{listing}")
 
 
 # ------------------------------------------------------------------------ faults of our own flags
