@@ -54,7 +54,7 @@ def num_chunks_of(arguments: Arguments, num_stages: int, default: int = 1) -> in
     if a.num_layers_per_virtual_pipeline_stage is not None:
         per_chunk = a.num_layers_per_virtual_pipeline_stage
         per_stage = _counted_layers(a) // num_stages
-        if per_chunk < 1 or per_stage % per_chunk:
+        if not 0 < per_chunk <= per_stage or per_stage % per_chunk:
             raise LayoutError(
                 f"--num-layers-per-virtual-pipeline-stage {per_chunk}: does not divide the "
                 f"{per_stage} layers of a stage"

@@ -243,6 +243,8 @@ class _Resolver:
                 yield (f"--attention-dropout {self.a.attention_dropout}: sub-sequences need 0")
             self.assumed.append("--attention-dropout 0, which sub-sequences need")
         if cp > 1:
+            if self.a.mtp_num_layers:
+                yield ("--mtp-num-layers: cannot go with --context-parallel-size and sub-sequences")
             if set(self.a.cp_comm_type) != {"a2a"}:
                 if "cp_comm_type" in self.values:
                     yield "--cp-comm-type: must be a2a with sub-sequences"

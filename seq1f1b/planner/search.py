@@ -93,6 +93,8 @@ def _variants(problem: Problem, setting: Setting) -> Iterator[Setting]:
     heads = setting.model.heads if setting.model.latent else setting.model.groups
     if heads % (setting.tensor * setting.context):
         return  # the executor exchanges tokens for heads
+    if setting.context > 1 and a.mtp_num_layers:
+        return  # which it does not predict ahead with
     has_biases = a.add_bias_linear or a.add_qkv_bias
     if has_biases or setting.num_stages == 1 or "seq1f1b_schedule" in given:
         return  # Transformer Engine's layers cannot defer the gradients of biases

@@ -245,6 +245,19 @@ def test_everything_that_is_missing_is_listed_at_once():
         ({"num_layers": 0}, {}, "--num-layers 0: must be at least 1"),
         ({"fp16": True, "bf16": True}, {}, "choose one"),
         ({"mtp_num_layers": 1}, {}, "--mtp-num-layers: needs --position-embedding-type rope"),
+        (
+            {
+                **{"mtp_num_layers": 1, "position_embedding_type": "rope", "seq1f1b_splits": 2},
+                **{"context_parallel_size": 2, "cp_comm_type": ("a2a",)},
+            },
+            {},
+            "--mtp-num-layers: cannot go with --context-parallel-size and sub-sequences",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 4},
+            {},
+            "--num-layers-per-virtual-pipeline-stage 4: does not divide the 2 layers of a stage",
+        ),
         ({"position_embedding_type": "relative"}, {}, "a GPT has no relative positions"),
         (
             {"overlap_param_gather": True, "use_distributed_optimizer": True},
