@@ -50,6 +50,16 @@ def test_documents():
         check_mask(mask[:1], rows)
 
 
+def test_a_known_mask_is_looked_at_again_for_other_documents():
+    rows = [Documents.of_lengths([3, 5])]
+    mask = block_mask([3, 5])[None]
+    known = CausalMasks()
+    assert known.is_causal(mask, None, rows)
+    assert not known.is_causal(mask)
+    assert not known.is_causal(mask, None, [Documents.of_lengths([4, 4])])
+    assert known.is_causal(mask, None, rows)
+
+
 def test_a_mask_is_looked_at_once_and_again_when_it_changes(monkeypatch):
     looked_at = []
     monkeypatch.setattr(

@@ -275,7 +275,12 @@ def difference(situation: Situation) -> float:
         order="",
         attention="megatron" if is_simple else None,
     )
-    one = run(replace(situation, case=plain))
+    try:
+        one = run(replace(situation, case=plain))
+    except Exception as error:  # no refusal of what is compared with it
+        raise AssertionError(
+            f"one split fails: {error}".replace("--seq1f1b-splits 1", "?")
+        ) from None
     _calls = 0
     several = run(situation)
     errors = [0.0]

@@ -120,6 +120,15 @@ def test_a_router_that_is_called_twice_is_refused(workers, of):
         assert "a router is called several times in the forward of a sub-sequence" in str(outcome)
 
 
+def test_masks_of_packed_documents_that_run_whole(workers):
+    """Their mask may come along with them, and no other."""
+    case = replace(_CASE, num_stages=1, layers=2, documents="tokens", num_splits=1)
+    situations = [Situation(case), Situation(case, batch="causal mask")]
+    (found,) = workers(1).run(outcomes, situations, timeout=300)
+    assert found[0] == 0.0
+    assert "is not causal within each document; packed documents attend causally only" in found[1]
+
+
 def test_changes_that_repeat(workers):
     check(workers, [Situation(_CASE, change=change) for change in ("nothing", "scaled mask")])
 

@@ -16,6 +16,7 @@ _CASE = Case(2, 3, 3)
 CASES = {
     "GPT": _CASE,
     "virtual stages": replace(_CASE, num_chunks=2, num_micro_batches=4),
+    "packed documents": replace(_CASE, documents="position_ids"),
     "experts, distributed optimizer": replace(
         _CASE,
         config=LLAMA,
@@ -57,7 +58,8 @@ def test_a_verified_run_goes_on_as_if_it_had_not_been(workers, name):
                 assert (found[key] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), key
 
 
-def test_what_differs_is_refused(workers):
-    case = replace(_CASE, num_stages=1, layers=2)
+@pytest.mark.parametrize("documents", [None, "tokens"])
+def test_what_differs_is_refused(workers, documents):
+    case = replace(_CASE, num_stages=1, layers=2, documents=documents)
     with pytest.raises(AssertionError, match="sub-sequences do not give what one split gives"):
         workers(1).run(gradients, case, True, "losses_by_sub_sequence")

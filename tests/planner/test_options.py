@@ -247,8 +247,11 @@ def test_everything_that_is_missing_is_listed_at_once():
         ({"mtp_num_layers": 1}, {}, "--mtp-num-layers: needs --position-embedding-type rope"),
         (
             {
-                **{"mtp_num_layers": 1, "position_embedding_type": "rope", "seq1f1b_splits": 2},
-                **{"context_parallel_size": 2, "cp_comm_type": ("a2a",)},
+                "mtp_num_layers": 1,
+                "position_embedding_type": "rope",
+                "seq1f1b_splits": 2,
+                "context_parallel_size": 2,
+                "cp_comm_type": ("a2a",),
             },
             {},
             "--mtp-num-layers: cannot go with --context-parallel-size and sub-sequences",

@@ -61,16 +61,12 @@ class Attention:
     ) -> Tensor:
         """Attend to earlier sub-sequences, with flash kernels instead of the full matrix."""
         obstacle = _obstacle(module, attn_mask_type, attention_bias, packed_seq_params)
-        if obstacle is None and not self._is_causal(attention_mask, query, key):
-            obstacle = (
-                f"its attention mask of shape {list(attention_mask.shape)} is not causal"
-                if attention_mask is not None
-                else None
-            )
+        if obstacle is None and attention_mask is not None:
+            obstacle = self._obstacle_of_mask(attention_mask, query, key)
         if obstacle is None and self._computes(module):
             return self._attend(module, query, key, value, _local_scale(module))
         if obstacle is not None and self._needs_context:
-            raise MaskError(f"layer {module.layer_number}: {obstacle}; {_WAY_OUT}")
+            raise MaskError(f"layer {module.layer_number}: {obstacle}; {self._way_out}")
         return original(
             module,
             query,
@@ -99,7 +95,7 @@ class Attention:
         if self._needs_context:
             obstacle = _obstacle(module, attn_mask_type, attention_bias, packed_seq_params)
             if obstacle:
-                raise MaskError(f"layer {module.layer_number}: {obstacle}; {_WAY_OUT}")
+                raise MaskError(f"layer {module.layer_number}: {obstacle}; {self._way_out}")
             scale = getattr(module, "softmax_scale", None) or query.shape[-1] ** -0.5
             return self._attend(module, query, key, value, scale)
         return original(
@@ -122,27 +118,34 @@ class Attention:
             context.part is not None and context.documents is not None
         )
 
+    @property
+    def _way_out(self) -> str:
+        if self._context.cut_part is not None:
+            return "sub-sequences attend causally only: use --seq1f1b-splits 1"
+        return "packed documents attend causally only, each by itself: leave it out"
+
     def _computes(self, module: Any) -> bool:
         """Whether plain causal attention is ours to compute."""
         exchanges = module.config.context_parallel_size > 1  # Megatron's local one cannot
         return self.is_replaced or self._needs_context or exchanges
 
-    def _is_causal(self, mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
-        """Whether ``mask``, if there is one, is what a causal kernel computes by.
+    def _obstacle_of_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> str | None:
+        """Return why a causal kernel does not compute by ``mask``; None if it does.
 
-        While packed documents run, masks have been checked where the batch was cut.
+        While packed documents run, the mask has to be causal within each.
         """
-        if mask is None:
-            return True
+        documents = self._context.running_documents
+        within = "" if documents is None else " within each document"
+        obstacle = f"its attention mask of shape {list(mask.shape)} is not causal{within}"
         group = parallel_state.get_context_parallel_group()
         num_ranks = 1 if group is None else group.size()
         size = query.shape[0], key.shape[0] * num_ranks
         if tuple(mask.shape[-2:]) != size:
-            return False
+            return obstacle
         positions = None
         if num_ranks > 1:
             positions = dealt(torch.arange(size[1], device=mask.device), num_ranks)[group.rank()]
-        return self._masks.is_causal(mask, positions)
+        return None if self._masks.is_causal(mask, positions, documents) else obstacle
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -156,9 +159,6 @@ class Attention:
             to_heads(group, tensor, head_and_tail) for tensor in (query, key, value)
         )
         return to_tokens(group, attend(module, query, key, value, scale), head_and_tail).flatten(2)
-
-
-_WAY_OUT = "sub-sequences attend causally only: use --seq1f1b-splits 1"
 
 
 def local_init(

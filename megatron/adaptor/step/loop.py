@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,13 +123,22 @@ class Loop:
         settings = session.settings_for(arguments)
         if settings.verify and arguments.trains and not self._is_verified:
             self._is_verified = True
-            verify(arguments, loop, lambda step: self._step(step, settings))
+            whole = loop if settings.packing is None else self._whole(settings)
+            verify(arguments, whole, lambda step: self._step(step, settings))
         reports = self._step(arguments, settings)
         kernel = session.context.kernel_taken
         if kernel is not None and not self._has_named_kernel:
             self._has_named_kernel = True
             print_first(f"> attention kernel of sub-sequences: {kernel}")
         return reports
+
+    def _whole(self, settings: "Settings") -> Callable[..., list[Any]]:
+        """Return a loop that runs packed micro-batches whole: the executor, with one split.
+
+        Megatron's own passes no documents to middle stages.
+        """
+        one = replace(settings, num_splits=1, schedule_name="auto", max_live=None)
+        return lambda **arguments: self._step(StepArguments(**arguments), one)
 
     def _step(self, arguments: StepArguments, settings: "Settings") -> list[Any]:
         """Plan and run one step; links that a failed step has used are not used again."""

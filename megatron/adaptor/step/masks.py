@@ -6,6 +6,7 @@ is made.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,17 @@ class MaskError(Seq1F1BError, ValueError):
     """An attention mask that sub-sequences cannot honour."""
 
 
-def is_causal(mask: Tensor, positions: Tensor | None = None) -> bool:
-    """Whether ``mask`` hides exactly the keys behind each query.
+def is_causal(
+    mask: Tensor,
+    positions: Tensor | None = None,
+    documents: Sequence[Documents] | None = None,
+) -> bool:
+    """Whether ``mask`` hides exactly the keys behind each query, and those of other documents.
 
-    positions: of the queries among the keys, ``[queries]``; None if they are the last.
+    positions: of the queries among the keys, ``[queries]``; None if they are the last. documents:
+    one entry per row; None if each row is one document.
     """
-    return _hides(mask, None, positions)
+    return _hides(mask, documents, positions)
 
 
 def check_mask(mask: Tensor, documents: Sequence[Documents] | None) -> None:
@@ -44,16 +50,21 @@ class CausalMasks:
     """Remembers the outcome for the mask that was checked last, which all layers share."""
 
     def __init__(self) -> None:
-        self._checked: tuple[Tensor, int, bool] | None = None
+        self._checked: tuple[Tensor, int, Any, bool] | None = None
 
-    def is_causal(self, mask: Tensor, positions: Tensor | None = None) -> bool:
-        """See ``is_causal``; looks at the same mask once."""
+    def is_causal(
+        self,
+        mask: Tensor,
+        positions: Tensor | None = None,
+        documents: Sequence[Documents] | None = None,
+    ) -> bool:
+        """See ``is_causal``; looks at the same mask of the same documents once."""
         if self._checked is not None:
-            seen, version, outcome = self._checked
-            if _is_same(seen, mask) and mask._version == version:
+            seen, version, of, outcome = self._checked
+            if _is_same(seen, mask) and mask._version == version and of is documents:
                 return outcome
-        outcome = is_causal(mask, positions)
-        self._checked = mask.detach(), mask._version, outcome
+        outcome = is_causal(mask, positions, documents)
+        self._checked = mask.detach(), mask._version, documents, outcome
         return outcome
 
     def forget(self) -> None:
