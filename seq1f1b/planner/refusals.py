@@ -36,7 +36,7 @@ REFUSED: dict[str, str] = {
     "--seq1f1b-turn": "turns of whole micro-batches are modelled: give "
     "--microbatch-group-size-per-virtual-pipeline-stage",
     "--mlp-chunks-for-training": "MLPs in chunks are not modelled; recomputation is",
-    "--freeze-all-layers": "every weight is trained",
+    "--freeze-all-layers": "frozen weights are not modelled",
     "--no-position-embedding": "Megatron has replaced it by --position-embedding-type",
     "--hybrid-layer-pattern": _RECURRENT,
     "--hybrid-override-pattern": _RECURRENT,
