@@ -121,17 +121,30 @@ def test_no_such_script():
     assert "no such script: nowhere.py" in run.stderr
 
 
-_LATE = """
-import os, time
-time.sleep(2.0 * (os.environ["RANK"] == "0"))
-import pretrain_gpt
-pretrain_gpt.main()
+_PRETRAIN = "import pretrain_gpt; pretrain_gpt.main()"
+_LATE = f"import os, time; time.sleep(2.0 * (os.environ['RANK'] == '0')); {_PRETRAIN}"
+_ALONE = f"""
+import os, sys
+from megatron.adaptor.command_line import refusals
+refusals._PATIENCE = 0.1
+if os.environ["RANK"] == "1":
+    sys.argv += ["--data-cache-path", os.devnull]
+{_PRETRAIN}
 """
+_REFUSED = ("--seq1f1b-splits", 2, "--seq1f1b-max-live", 4)
 
 
 def test_a_refusal_is_printed_though_rank_0_is_the_last_to_come_to_it():
     """The first rank that ends is the end of all."""
-    flags = ("--pipeline-model-parallel-size", 2, "--seq1f1b-splits", 2, "--seq1f1b-max-live", 4)
-    run = run_ranks(2, "-c", _LATE, *ARGUMENTS, *flags)
+    run = run_ranks(2, "-c", _LATE, *ARGUMENTS, *_REFUSED, "--pipeline-model-parallel-size", 2)
     assert run.returncode == 1
-    assert "--seq1f1b-max-live 4 goes with --seq1f1b-schedule greedy only" in run.stderr
+    assert "cannot run with these arguments:\n  - --seq1f1b-max-live 4 goes with" in run.stderr
+
+
+def test_a_rank_that_alone_refuses_says_why():
+    """A folder may be missing on one machine of many."""
+    flags = ("--pipeline-model-parallel-size", 2, "--tokenizer-type", "NullTokenizer")
+    run = run_ranks(2, "-c", _ALONE, *ARGUMENTS, *flags)
+    assert run.returncode == 1
+    assert "rank 1: Seq1F1B cannot run with these arguments:" in run.stderr
+    assert "--data-cache-path /dev/null: cannot be written into" in run.stderr

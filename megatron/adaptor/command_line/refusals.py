@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from seq1f1b.schedule import ScheduleError
 from seq1f1b.sequence import PartitionError
 
 _PATIENCE = 10.0
-"""Seconds that ranks wait for rank 0 to print why all of them end."""
+"""Seconds that a rank waits for rank 0 to print why all of them end."""
 
 
 class Arguments(NamedTuple):
@@ -85,17 +86,18 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
 
 
 def refuse(faults: list[str], rank: int) -> None:
-    """End the process if there are ``faults``; rank 0 prints all of them.
+    """End the process, with a message, if there are ``faults``.
 
-    The others end later: launchers end all ranks when one has failed, and rank 0 may be behind.
+    Launchers end all ranks when one has failed, and rank 0 may be the last to come here. So the
+    others give it time; one that still lives then has a message that rank 0 has not.
     """
     if not faults:
         return
     if rank != 0:
-        time.sleep(_PATIENCE)
-        sys.exit(2)
+        time.sleep(_PATIENCE + int(os.environ.get("LOCAL_RANK", 0)))  # one of a machine is enough
+    where = f"rank {rank}: " if rank else ""
     listing = "\n".join(f"  - {fault}" for fault in faults)
-    sys.exit(f"Seq1F1B cannot run with these arguments:\n{listing}")
+    sys.exit(f"{where}Seq1F1B cannot run with these arguments:\n{listing}")
 
 
 # ------------------------------------------------------------------------ faults of our own flags
