@@ -61,8 +61,10 @@ class Attention:
     ) -> Tensor:
         """Attend to earlier sub-sequences, with flash kernels instead of the full matrix."""
         obstacle = _obstacle(module, attn_mask_type, attention_bias, packed_seq_params)
-        if obstacle is None and attention_mask is not None:
-            obstacle = self._obstacle_of_mask(attention_mask, query, key)
+        mask = attention_mask
+        if obstacle is None and mask is not None and not self._is_causal(mask, query, key):
+            within = " within each document" if self._context.running_documents else ""
+            obstacle = f"its attention mask of shape {list(mask.shape)} is not causal{within}"
         if obstacle is None and self._computes(module):
             return self._attend(module, query, key, value, _local_scale(module))
         if obstacle is not None and self._needs_context:
@@ -129,23 +131,20 @@ class Attention:
         exchanges = module.config.context_parallel_size > 1  # Megatron's local one cannot
         return self.is_replaced or self._needs_context or exchanges
 
-    def _obstacle_of_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> str | None:
-        """Return why a causal kernel does not compute by ``mask``; None if it does.
+    def _is_causal(self, mask: Tensor, query: Tensor, key: Tensor) -> bool:
+        """Whether ``mask`` is what a causal kernel computes by.
 
-        While packed documents run, the mask has to be causal within each.
+        While packed documents run, it has to be causal within each.
         """
-        documents = self._context.running_documents
-        within = "" if documents is None else " within each document"
-        obstacle = f"its attention mask of shape {list(mask.shape)} is not causal{within}"
         group = parallel_state.get_context_parallel_group()
         num_ranks = 1 if group is None else group.size()
         size = query.shape[0], key.shape[0] * num_ranks
         if tuple(mask.shape[-2:]) != size:
-            return obstacle
+            return False
         positions = None
         if num_ranks > 1:
             positions = dealt(torch.arange(size[1], device=mask.device), num_ranks)[group.rank()]
-        return None if self._masks.is_causal(mask, positions, documents) else obstacle
+        return self._masks.is_causal(mask, positions, self._context.running_documents)
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
