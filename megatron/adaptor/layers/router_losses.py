@@ -77,6 +77,7 @@ class RouterLosses:
         self._loss = ""
         self._balances: dict[Any, _Balance] = {}
         self._z_losses: dict[Any, _ZLoss] = {}
+        self._calls: set[Any] = set()
 
     def patches(self) -> list[Patch]:
         """Return what is replaced in Megatron's routers."""
@@ -94,6 +95,7 @@ class RouterLosses:
         """A new step begins."""
         self._balances.clear()
         self._z_losses.clear()
+        self._calls.clear()
 
     def routing(
         self,
@@ -195,7 +197,7 @@ class RouterLosses:
                 **kwargs,
             )
         router, balance = self._router, self._balance_of_running()
-        self._check_first_call(balance.tokens, part.index)
+        self._check_first_call()
         balance.tokens[part.index] = tokens_per_expert.detach()
         balance.probs[part.index] = probs.detach().sum(dim=0)
         balance.totals[part.index] = total_num_tokens
@@ -224,7 +226,7 @@ class RouterLosses:
         if part is None:
             return mean
         losses = self._z_losses.setdefault(self._owner, _ZLoss())
-        self._check_first_call(losses.means, part.index)
+        self._check_first_call()
         count = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
         losses.means[part.index], losses.counts[part.index] = mean.detach(), count
         logs = part.is_last and self._runs_cut_forward
@@ -253,14 +255,18 @@ class RouterLosses:
                 "use --seq1f1b-splits 1"
             )
 
-    def _check_first_call(self, known: dict[int, Tensor], sub_sequence: int) -> None:
+    def _check_first_call(self) -> None:
         """Refuse routers that a forward calls several times: each call would replace the last."""
-        if self._runs_cut_forward and sub_sequence in known:
+        if not self._runs_cut_forward:
+            return
+        call = self._context.action, self._router, self._loss
+        if call in self._calls:
             raise ValueError(
                 "a router is called several times in the forward of a sub-sequence, and its losses "
                 "are exact for one call only: let each layer have a router of its own and call it "
                 "once (mlp_chunks_for_training 1), or use --seq1f1b-splits 1"
             )
+        self._calls.add(call)
 
     @property
     def _owner(self) -> Any:
