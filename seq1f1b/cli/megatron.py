@@ -12,6 +12,7 @@ from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.command_line import Given, read_options
 from seq1f1b.planner.errors import DataFileError, SettingError
 from seq1f1b.planner.presets import model_options
+from seq1f1b.planner.refusals import VISITING
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.setting import Setting
 
@@ -111,6 +112,9 @@ def _words(value: Any) -> str:
 def read_given(arguments: Sequence[str], model: str | None) -> Given:
     """Read the options that a command line gives, on top of the model's; errors end the command."""
     given = or_exit(lambda: read_options(arguments))
+    for flag in given.ignored:
+        if flag in VISITING:
+            raise typer.BadParameter(VISITING[flag], param_hint=f"'{flag}'")
     if model is None:
         return given
     values = or_exit(lambda: model_options(model))

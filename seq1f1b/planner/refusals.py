@@ -4,7 +4,6 @@ _RECURRENT = "layers other than attention and MLP are not modelled"
 _SHARDED = "sharded weights are not modelled; --use-distributed-optimizer is"
 _PRECISION = "only bf16, fp16 and fp32 are modelled"
 _OFFLOADED = "offloading is not modelled; recomputation is"
-_VISITS = "seq1f1b plan-offload plans model chunks that are kept in host memory"
 _DELAYED = "delayed weight gradients are not modelled; --seq1f1b-schedule zb-h1 is"
 _GRAPHS = "CUDA graphs are not modelled: leave it out"
 
@@ -23,11 +22,6 @@ REFUSED: dict[str, str] = {
     "--fine-grained-activation-offloading": _OFFLOADED,
     "--optimizer-cpu-offload": _OFFLOADED,
     "--moe-paged-stash": _OFFLOADED,
-    "--offload-model-chunks": _VISITS,
-    "--offload-prefetch": _VISITS,
-    "--offload-just-in-time-updates": _VISITS,
-    "--offload-link-gb-per-s": _VISITS,
-    "--offload-link-roots": _VISITS,
     "--delay-wgrad-compute": _DELAYED,
     "--defer-embedding-wgrad-compute": _DELAYED,
     "--cuda-graph-impl": _GRAPHS,
@@ -73,3 +67,8 @@ REFUSED: dict[str, str] = {
     "--attention-output-gate": "gated attention outputs are not modelled",
 }
 """Flag and what to do instead."""
+
+VISITING: dict[str, str] = {
+    "--offload-model-chunks": "seq1f1b plan-offload plans model chunks that are kept in host memory"
+}
+"""Flag and what to do instead, of those that only ``seq1f1b plan-offload`` models."""

@@ -65,7 +65,6 @@ def test_flags_without_effect_are_listed():
         ("--normalization Norm", "--normalization"),
         ("--fp8-format hybrid", "--fp8-format: only bf16, fp16 and fp32 are modelled"),
         ("--use-megatron-fsdp", "--use-megatron-fsdp: sharded weights are not modelled"),
-        ("--offload-model-chunks 2", "--offload-model-chunks: seq1f1b plan-offload plans"),
         ("--seq1f1b-turn 8", "--seq1f1b-turn: turns of whole micro-batches are modelled"),
         ("--cuda-graph-impl local", "--cuda-graph-impl: CUDA graphs are not modelled"),
         ("--mlp-chunks-for-training 2", "--mlp-chunks-for-training: MLPs in chunks are not"),

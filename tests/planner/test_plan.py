@@ -277,6 +277,7 @@ def test_scripts_are_sound_bash_and_hold_the_flags(launcher, plan, tmp_path):
         ([*QUESTION, "--timeline", "plan.gif"], "must end in one of"),
         ([*QUESTION, "--schedule", "1f1b"], "goes with --explain"),
         ([*QUESTION, "--gpu", "gtx"], "there is no such description"),
+        ([*QUESTION, "--offload-model-chunks", "1"], "seq1f1b plan-offload plans model chunks"),
         ([*QUESTION, "--num-layer", "4"], "did you mean --num-layers?"),
     ],
 )

@@ -95,9 +95,11 @@ def refuse(faults: list[str], rank: int) -> None:
         return
     if rank != 0:
         time.sleep(_PATIENCE + int(os.environ.get("LOCAL_RANK", 0)))  # one of a machine is enough
-    where = f"rank {rank}: " if rank else ""
     listing = "\n".join(f"  - {fault}" for fault in faults)
-    sys.exit(f"{where}Seq1F1B cannot run with these arguments:\n{listing}")
+    message = f"Seq1F1B cannot run with these arguments:\n{listing}"
+    if rank != 0:
+        sys.stderr.write(f"rank {rank}: {message}\n")
+    sys.exit(2 if rank else message)
 
 
 # ------------------------------------------------------------------------ faults of our own flags

@@ -17,7 +17,7 @@ from seq1f1b.planner.gpu import Gpu
 from seq1f1b.planner.here import device_here
 from seq1f1b.planner.memory import GIB, estimate_peak, trace_memory
 from seq1f1b.planner.problem import Problem
-from seq1f1b.planner.refusals import REFUSED
+from seq1f1b.planner.refusals import REFUSED, VISITING
 from seq1f1b.planner.resolve import resolve
 from seq1f1b.planner.runtime import runtime
 from seq1f1b.planner.setting import Setting
@@ -95,7 +95,7 @@ def _gib(setting: Setting, device: Gpu) -> float:
 
 def not_modelled(args: argparse.Namespace) -> Iterator[str]:
     """Yield flags in effect that change memory or time in a way that the planner does not model."""
-    for flag, why in REFUSED.items():
+    for flag, why in (REFUSED | VISITING).items():
         name = _DESTINATIONS.get(flag) or flag.removeprefix("--").replace("-", "_")
         value = getattr(args, name, None)
         if value and value != _OFF.get(name) and name not in _DERIVED:
