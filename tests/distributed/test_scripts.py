@@ -145,6 +145,6 @@ def test_a_rank_that_alone_refuses_says_why():
     """A folder may be missing on one machine of many."""
     flags = ("--pipeline-model-parallel-size", 2, "--tokenizer-type", "NullTokenizer")
     run = run_ranks(2, "-c", _ALONE, *ARGUMENTS, *flags)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "rank 1: Seq1F1B cannot run with these arguments:" in run.stderr
     assert "--data-cache-path /dev/null: cannot be written into" in run.stderr
