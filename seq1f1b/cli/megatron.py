@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from seq1f1b.cli.options import flag_error
 from seq1f1b.planner.arguments import Option, options
 from seq1f1b.planner.catalogue import ScheduleName
 from seq1f1b.planner.command_line import Given, read_options
@@ -114,7 +115,7 @@ def read_given(arguments: Sequence[str], model: str | None) -> Given:
     given = or_exit(lambda: read_options(arguments))
     for flag in given.ignored:
         if flag in VISITING:
-            raise typer.BadParameter(VISITING[flag], param_hint=f"'{flag}'")
+            raise flag_error(flag, VISITING[flag])
     if model is None:
         return given
     values = or_exit(lambda: model_options(model))

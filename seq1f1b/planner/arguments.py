@@ -470,11 +470,6 @@ class Arguments:
         "Compute the output layer and the loss anew in the backward.",
     )
 
-    @property
-    def names_schedule(self) -> bool:
-        """Whether the executor is asked for, which runs whole micro-batches in 1F1B too."""
-        return self.seq1f1b_schedule != "auto"
-
 
 @cache
 def options() -> tuple[Option, ...]:

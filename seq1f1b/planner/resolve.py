@@ -11,7 +11,13 @@ from seq1f1b.planner.errors import SettingError
 from seq1f1b.planner.faults import length_faults, missing, model_faults, not_positive
 from seq1f1b.planner.layout import LayoutError, deal, num_chunks_of
 from seq1f1b.planner.model import model_of
-from seq1f1b.planner.setting import DEFAULT_CHUNKS, DEFAULT_SPLITS, Recompute, Setting
+from seq1f1b.planner.setting import (
+    DEFAULT_CHUNKS,
+    DEFAULT_SPLITS,
+    Recompute,
+    Setting,
+    runs_executor,
+)
 from seq1f1b.sequence import PartitionError
 
 GPT2_VOCABULARY = 50257
@@ -244,7 +250,7 @@ class _Resolver:
             self.assumed.append("--attention-dropout 0, which sub-sequences need")
         if cp > 1:
             if self.a.mtp_num_layers:
-                yield ("--mtp-num-layers: cannot go with --context-parallel-size and sub-sequences")
+                yield "--mtp-num-layers: cannot go with --context-parallel-size and sub-sequences"
             if set(self.a.cp_comm_type) != {"a2a"}:
                 if "cp_comm_type" in self.values:
                     yield "--cp-comm-type: must be a2a with sub-sequences"
@@ -257,8 +263,7 @@ class _Resolver:
                 )
 
     def _runs_executor(self, num_splits: int) -> bool:
-        is_others = self.name is not None and not self.name.is_megatrons
-        return num_splits > 1 or is_others or self.a.names_schedule
+        return runs_executor(self.a, num_splits, self.name or ScheduleName.PLAIN)
 
     def _schedule_name(self, chunks: int, splits: int, micro_batches: int) -> ScheduleName:
         """Return the schedule by name or by shape, once its shape is known to be possible."""

@@ -71,8 +71,7 @@ class Setting:
     @property
     def runs_executor(self) -> bool:
         """Whether the executor of sub-sequences runs the steps, and not Megatron's own loop."""
-        is_megatrons = self.schedule_name.is_megatrons and not self.arguments.names_schedule
-        return self.num_splits > 1 or not is_megatrons
+        return runs_executor(self.arguments, self.num_splits, self.schedule_name)
 
     @property
     def num_stages(self) -> int:
@@ -164,6 +163,11 @@ class Setting:
     def with_cuts(self, cuts: tuple[int, ...]) -> "Setting":
         """Return the same with other lengths of sub-sequences."""
         return replace(self, cuts=cuts)
+
+
+def runs_executor(arguments: Arguments, num_splits: int, name: ScheduleName) -> bool:
+    """Whether the executor runs a schedule; asked for by name, it runs Megatron's own ones too."""
+    return num_splits > 1 or arguments.seq1f1b_schedule != "auto" or not name.is_megatrons
 
 
 def with_recomputed_loss(setting: Setting) -> Setting:

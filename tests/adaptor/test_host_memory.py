@@ -17,10 +17,12 @@ from pathlib import Path
 from megatron.adaptor import install
 install()
 import torch
+from megatron.adaptor.command_line import refusals
 from megatron.adaptor.cpu import device
 from megatron.adaptor.offload import host_memory
 from megatron.training.arguments import validate_args
 from tests.programs import parse_args
+refusals._PATIENCE = 0.0
 files, cases = json.loads(sys.stdin.read())
 left = [list(host_memory.left_in_groups(*map(Path, pair))) for pair in files]
 answers = []

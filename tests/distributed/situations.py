@@ -277,7 +277,7 @@ def difference(situation: Situation) -> float:
     )
     try:
         one = run(replace(situation, case=plain))
-    except Exception as error:  # no refusal of what is compared with it
+    except Exception as error:  # a reference that fails is no refusal
         raise AssertionError(
             f"one split fails: {error}".replace("--seq1f1b-splits 1", "?")
         ) from None

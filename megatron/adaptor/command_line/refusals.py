@@ -93,13 +93,13 @@ def refuse(faults: list[str], rank: int) -> None:
     """
     if not faults:
         return
-    if rank != 0:
-        time.sleep(_PATIENCE + int(os.environ.get("LOCAL_RANK", 0)))  # one of a machine is enough
     listing = "\n".join(f"  - {fault}" for fault in faults)
     message = f"Seq1F1B cannot run with these arguments:\n{listing}"
-    if rank != 0:
-        sys.stderr.write(f"rank {rank}: {message}\n")
-    sys.exit(2 if rank else message)
+    if rank == 0:
+        sys.exit(message)
+    time.sleep(_PATIENCE + int(os.environ.get("LOCAL_RANK", 0)))  # one of a machine is enough
+    sys.stderr.write(f"rank {rank}: {message}\n")
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------ faults of our own flags

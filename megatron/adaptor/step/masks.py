@@ -6,7 +6,6 @@ is made.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ class CausalMasks:
     """Remembers the outcome for the mask that was checked last, which all layers share."""
 
     def __init__(self) -> None:
-        self._checked: tuple[Tensor, int, Any, bool] | None = None
+        self._checked: tuple[Tensor, int, Sequence[Documents] | None, bool] | None = None
 
     def is_causal(
         self,
