@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from megatron.adaptor import data_cache
+from megatron.adaptor.checkpoints import optimizer_state
 from megatron.adaptor.checkpoints.helpers import Helpers
 from megatron.adaptor.checkpoints.loading import Loading
 from megatron.adaptor.checkpoints.room import Room
@@ -120,6 +121,7 @@ class Session:
         return [
             *fallbacks.patches(),
             *distributed_optimizer.patches(),
+            *optimizer_state.patches(),
             *norms.patches(),
             *tokenizer.patches(),
             *CommandLine(self.accept).patches(),

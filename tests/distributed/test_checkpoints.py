@@ -109,3 +109,26 @@ def test_a_distributed_optimizer_resumes_from_the_format_of_files_for_each_rank(
     saved = train(tmp_path, 2, *flags, "--save", tmp_path, "--save-interval", 3)
     resumed = train(tmp_path, 2, *flags, "--load", go_back(tmp_path, 3))
     assert losses(resumed) == {k: losses(saved)[k] for k in (4, 5, 6)}
+
+
+PADDED = {
+    "overlapped reduction": (
+        2,
+        "--overlap-grad-reduce --ddp-bucket-size 3000 --dist-ckpt-optim-fully-reshardable",
+    ),
+    "shared embeddings": (2, f"{STAGES} 2 --num-layers 2 --dist-ckpt-optim-fully-reshardable"),
+    "shared embeddings, kept by rank": (2, f"{STAGES} 2 --num-layers 2"),
+}
+
+
+@pytest.mark.parametrize("name", mostly_long(PADDED, default=["overlapped reduction"]))
+def test_buckets_that_end_in_padding_are_resumed(tmp_path, name):
+    num_ranks, layout = PADDED[name]
+    flags = (
+        *LONGER,
+        *("--use-distributed-optimizer", "--hidden-size", 40, "--seq1f1b-splits", 2),
+        *shlex.split(layout),
+    )
+    saved = train(tmp_path, num_ranks, *flags, "--save", tmp_path, "--save-interval", 3)
+    resumed = train(tmp_path, num_ranks, *flags, "--load", go_back(tmp_path, 3))
+    assert losses(resumed) == {k: losses(saved)[k] for k in (4, 5, 6)}
