@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import hashlib
 import importlib.metadata
 import logging
 import re
@@ -18,8 +17,12 @@ from megatron.adaptor.checkpoints.loading import FinishedError
 from megatron.adaptor.error_file import record
 from megatron.adaptor.patches import Patch
 from megatron.adaptor.reports.console import print_first
+from seq1f1b import agreement
+from seq1f1b.agreement import RanksDifferError, digest_of_code
 from seq1f1b.errors import Seq1F1BError
 from seq1f1b.runtime import LinkError
+
+__all__ = ["PeerLostError", "Ranks", "RanksDifferError", "check_same"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,6 @@ _LOST_PEER = re.compile(
     r"remote process exited|communicator was aborted",
     re.IGNORECASE,
 )
-
-
-class RanksDifferError(Seq1F1BError, RuntimeError):
-    """Ranks of one job were started with different arguments or different code."""
 
 
 class PeerLostError(Seq1F1BError, RuntimeError):
@@ -125,43 +124,11 @@ def _unless_finished(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def check_same(own: dict[str, str], group: Any = None) -> None:
-    """Raise RanksDifferError, with names, ranks and values, unless all ranks have the same entries.
+    """Raise RanksDifferError, with flags, ranks and values, unless all ranks have the same entries.
 
     All ranks of ``group`` must call.
     """
-    digests: list[Any] = [None] * dist.get_world_size(group)
-    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
-    dist.all_gather_object(digests, digest, group=group)
-    if len(set(digests)) == 1:
-        return
-    of_first: list[Any] = [own]
-    dist.broadcast_object_list(of_first, group=group, group_src=0)
-    names = own.keys() | of_first[0].keys()
-    absent = "not there"
-    differing = {
-        name: own.get(name, absent)
-        for name in names
-        if own.get(name, absent) != of_first[0].get(name, absent)
-    }
-    by_rank: list[Any] = [None] * len(digests)
-    dist.all_gather_object(by_rank, differing, group=group)
-    lines = []
-    for name in sorted(set().union(*by_rank)):
-        by_value: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(by_rank):
-            value = theirs.get(name, of_first[0].get(name, absent))
-            by_value.setdefault(value, []).append(rank)
-        values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in by_value.items())
-        lines.append(f"{_as_flag(name)} is {values}")
-    raise RanksDifferError(
-        f"the ranks of this job were not started alike: {'; '.join(lines)}. Start all of them with "
-        "the same"
-    )
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    agreement.check_same({_as_flag(name): value for name, value in own.items()}, group)
 
 
 def _as_flag(name: str) -> str:
@@ -186,12 +153,7 @@ def _comparable(arguments: argparse.Namespace) -> dict[str, str]:
 def _digest_of_code() -> str:
     import seq1f1b
 
-    digest = hashlib.sha256()
-    for folder in (Path(seq1f1b.__file__).parent, Path(__file__).parent):
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(str(file.relative_to(folder)).encode())
-            digest.update(file.read_bytes())
-    return f"sha256 {digest.hexdigest()[:12]}"
+    return digest_of_code(Path(seq1f1b.__file__).parent, Path(__file__).parent)
 
 
 def _follows_from_another(error: BaseException | None) -> bool:

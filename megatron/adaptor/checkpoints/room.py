@@ -4,11 +4,7 @@ What torch and Megatron say then is ``unexpected pos 704 vs 598``, or nothing bu
 """
 
 import argparse
-import errno
-import os
-import resource
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.adaptor.checkpoints.loading import CheckpointError
 from megatron.adaptor.command_line.refusals import refuse
 from megatron.adaptor.patches import Patch
-from seq1f1b.files import existing_folder
+from seq1f1b.files import existing_folder, why_full
 
 _TRAINING = "megatron.training.training"
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "files may not become so large (ulimit -f)",
-}
-_PROBE_BYTES = 1 << 20
 _GIB = 1 << 30
 
 
@@ -100,32 +90,6 @@ def checkpoint_bytes(args: argparse.Namespace, model: list[torch.nn.Module]) -> 
     sums = torch.tensor([total], dtype=torch.float64, device="cuda")
     torch.distributed.all_reduce(sums)
     return float(sums)
-
-
-def why_full(folder: Path, error: BaseException) -> str | None:
-    """Return why nothing more can be written to ``folder``; None if something can.
-
-    ``error`` is what a writer raised, which may name the cause somewhere in its chain; otherwise a
-    file is written to see.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return _FULL[seen.errno]
-        seen = seen.__cause__ or seen.__context__
-    try:
-        with tempfile.TemporaryFile(dir=existing_folder(folder)) as probe:
-            probe.write(bytes(_PROBE_BYTES))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as failure:
-        return _FULL.get(failure.errno or 0)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and any(
-        file.stat().st_size >= limit for file in folder.rglob("*") if file.is_file()
-    ):
-        return _FULL[errno.EFBIG]
-    return None
 
 
 def _kept(folder: Path) -> str:

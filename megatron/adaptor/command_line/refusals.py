@@ -2,9 +2,7 @@
 
 import argparse
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -16,13 +14,13 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.adaptor.command_line.flags import MEGATRON_ATTENTION
 from megatron.adaptor.command_line.settings import Settings, length_multiple, settings_of
 from megatron.adaptor.cpu import device
+from seq1f1b.agreement import wait_for_first
 from seq1f1b.attention.kernels import is_available
 from seq1f1b.files import cannot_fill, cannot_write
 from seq1f1b.schedule import ScheduleError
 from seq1f1b.sequence import PartitionError
 
-_PATIENCE = 10.0
-"""Seconds that a rank waits for rank 0 to print why all of them end."""
+_PATIENCE = 10.0  # seconds that a rank waits for rank 0 to print why all of them end
 
 
 class Arguments(NamedTuple):
@@ -86,19 +84,14 @@ def settings_from(args: argparse.Namespace) -> tuple[Settings, list[str]]:
 
 
 def refuse(faults: list[str], rank: int) -> None:
-    """End the process, with a message, if there are ``faults``.
-
-    Launchers end all ranks when one has failed, and rank 0 may be the last to come here. So the
-    others give it time; one that still lives then has a message that rank 0 has not.
-    """
+    """End the process, with a message, if there are ``faults``; rank 0 may print it first."""
     if not faults:
         return
     listing = "\n".join(f"  - {fault}" for fault in faults)
     message = f"Seq1F1B cannot run with these arguments:\n{listing}"
     if rank == 0:
         sys.exit(message)
-    time.sleep(_PATIENCE + int(os.environ.get("LOCAL_RANK", 0)))  # one of a machine is enough
-    sys.stderr.write(f"rank {rank}: {message}\n")
+    sys.stderr.write(f"{wait_for_first(rank, _PATIENCE)}{message}\n")
     sys.exit(2)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.adaptor.reports.metrics import IterationMetrics
-from seq1f1b.files import replacing
+from seq1f1b.files import number_in, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -33,36 +33,13 @@ class MetricsFile:
         try:
             if not self._is_open:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._move_from(metrics.iteration)
+                set_aside(self._path, lambda line: number_in(line, "iteration") < metrics.iteration)
                 self._is_open = True
             with self._path.open("a") as stream:
                 stream.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
         except OSError as error:
             self._has_failed = True
             logger.warning("%s cannot be written, and gets no more metrics: %s", self._path, error)
-
-    def _move_from(self, iteration: int) -> None:
-        """Move the lines of ``iteration`` and later ones out of the file."""
-        if not self._path.exists():
-            return
-        kept: list[str] = []
-        moved: list[str] = []
-        for line in self._path.read_text(errors="replace").splitlines():
-            (kept if _iteration(line) < iteration else moved).append(line + "\n")
-        if not moved:
-            return
-        with self._path.with_name(self._path.name + ".replaced").open("a") as stream:
-            stream.writelines(moved)
-        with replacing(self._path) as stream:
-            stream.writelines(kept)
-
-
-def _iteration(line: str) -> float:
-    """Return the iteration of a line; infinity for one that was cut off."""
-    try:
-        return float(json.loads(line)["iteration"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _finite(value: Any) -> Any:

@@ -102,7 +102,9 @@ def run(
     """Join the other processes and train; what the recipe asks in vain ends it with status 2."""
     import torch.distributed as dist
 
+    from seq1f1b.agreement import RanksDifferError, wait_for_first
     from seq1f1b.ulysses.errors import UnsupportedModelError
+    from seq1f1b.ulysses.training.checkpoints import SavingError
     from seq1f1b.ulysses.training.data import DataError
     from seq1f1b.ulysses.training.launch import LaunchError, init_dist
     from seq1f1b.ulysses.training.recipe import RecipeError
@@ -116,9 +118,11 @@ def run(
         model = run_recipe(recipe, folder, resume, deepspeed)
         if rank == 0 and recipe.checkpoints.export:
             typer.echo(f"wrote {model}")
-    except (RecipeError, DataError, LaunchError, UnsupportedModelError) as error:
-        if rank == 0:
-            typer.echo(f"error: {error}", err=True)
+    except (
+        *(RecipeError, DataError, LaunchError, UnsupportedModelError, RanksDifferError),
+        *(SavingError, FloatingPointError),
+    ) as error:
+        typer.echo(f"{wait_for_first(rank)}error: {error}", err=True)
         raise typer.Exit(2) from None
     finally:
         if dist.is_initialized():

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from seq1f1b.ulysses.training.recipe import TrainingSettings
+from seq1f1b.ulysses.training.recipe import RecipeError, TrainingSettings
 
 
 class Engine(Protocol):
@@ -80,6 +80,11 @@ class FsdpEngine:
 
     def load(self, folder: Path) -> None:
         """See Engine."""
+        if not (folder / ".metadata").is_file():
+            raise RecipeError(
+                f"--resume: {folder} holds no checkpoint of FSDP2; continue with the --deepspeed "
+                f"that wrote it"
+            )
         state = self._state()
         state_dict_loader.load(state, checkpoint_id=folder)
         set_model_state_dict(self.model, state["model"])

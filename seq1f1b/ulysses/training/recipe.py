@@ -265,6 +265,15 @@ def documented_keys() -> list[tuple[str, str, str]]:
     return rows
 
 
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every key of a recipe, such as ``training.steps``, with its value."""
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def yaml_text(value: Any) -> str:
     """Return a value as YAML writes it in one line."""
     plain = list(value) if isinstance(value, tuple) else value

@@ -15,17 +15,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from seq1f1b.files import number_in, set_aside
+
 
 class Reporter:
     """Writes on rank 0; every other rank has a ``SilentReporter``.
 
-    metrics.jsonl gets a line for each logged step, the folder tensorboard the same figures.
+    metrics.jsonl gets a line for each logged step, the folder tensorboard the same figures. Lines
+    of steps that come again, as after a resumption, are moved to metrics.jsonl.replaced.
     """
 
     def __init__(self, folder: Path, num_steps: int, first_step: int, every: int) -> None:
         self._every = every
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _board(folder / "tensorboard")
+        file = folder / "metrics.jsonl"
+        set_aside(file, lambda line: number_in(line, "step") <= first_step)
+        self._lines = file.open("a", encoding="utf-8")
+        self._board = _board(folder / "tensorboard", first_step + 1)
         self._started = time.perf_counter()
         self._console = Console(stderr=True)
         self._bar = Progress(
@@ -84,9 +89,9 @@ class SilentReporter:
         """See Reporter."""
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first_step)

@@ -8,19 +8,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 import yaml
 from torch import Tensor
 
+import seq1f1b
+from seq1f1b.agreement import check_same, digest_of_code
 from seq1f1b.ulysses.batch import pad_for_sequence_parallel, split_for_sequence_parallel
 from seq1f1b.ulysses.labels import IGNORED
 from seq1f1b.ulysses.loss import reduce_sequence_parallel_loss
 from seq1f1b.ulysses.memory.subsequences import backward_in_subsequences
 from seq1f1b.ulysses.mesh import SequenceParallel
-from seq1f1b.ulysses.training.checkpoints import Checkpoints, Progress, choose, export
+from seq1f1b.ulysses.training.checkpoints import (
+    Checkpoints,
+    Progress,
+    choose,
+    export,
+    require_shared,
+)
 from seq1f1b.ulysses.training.data import Order, PackedRows, RowBatch, prepare_rows
 from seq1f1b.ulysses.training.engine import Engine
 from seq1f1b.ulysses.training.model import make_config
-from seq1f1b.ulysses.training.recipe import Recipe, RecipeError
+from seq1f1b.ulysses.training.recipe import Recipe, RecipeError, leaves
 from seq1f1b.ulysses.training.report import Reporter, SilentReporter
 from seq1f1b.ulysses.training.schedule import learning_rate
 from seq1f1b.ulysses.training.setup import make_engine, make_groups, num_micro_batches
@@ -113,8 +122,10 @@ def train(
 
     resume: "auto" for the latest checkpoint in ``folder``, or a checkpoint. deepspeed: a setting
     that comes with the package, or a file; without it FSDP2 divides the model. Raises RecipeError
-    and DataError before the first step.
+    and DataError before the first step, and RanksDifferError when ranks have different recipes,
+    models or data.
     """
+    check_same(_comparable(recipe, deepspeed))
     parallel = make_groups(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoints.keep)
@@ -122,12 +133,15 @@ def train(
     tokenizer, name = make_tokenizer(recipe)
     config = make_config(recipe, len(tokenizer))
     rows = prepare_rows(recipe.data, tokenizer, name, folder / "data")
+    check_same({"the model": config.to_json_string(), "the encoded data": rows.store.digest()})
     _refuse_unknown_tokens(recipe, config, len(tokenizer), rows)
+    require_shared(folder)
     engine = make_engine(recipe, config, parallel, device, deepspeed)
     num_steps = _num_steps(recipe, len(rows.rows))
     trainer = Trainer(recipe, parallel, engine, rows, device, num_steps)
     facts = _facts(recipe, len(rows.rows))
     progress = Progress() if start is None else checkpoints.load(start, engine, facts)
+    checkpoints.require_room(*_to_write(recipe, engine, num_steps - progress.step))
     reporter: Any = SilentReporter()
     if dist.get_rank() == 0:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
@@ -141,6 +155,29 @@ def train(
     if recipe.checkpoints.export:
         export(engine, config, tokenizer, model_folder)
     return model_folder
+
+
+def _comparable(recipe: Recipe, deepspeed: str | None) -> dict[str, str]:
+    """Return what must be the same on all ranks, as text."""
+    file = Path(deepspeed or "")
+    settings = file.read_text(errors="replace") if file.is_file() else deepspeed
+    return {
+        **{key: repr(value) for key, value in leaves(recipe)},
+        "--deepspeed": repr(settings),
+        "the version of torch": torch.__version__,
+        "the version of transformers": transformers.__version__,
+        "the code of Seq1F1B": digest_of_code(Path(seq1f1b.__file__).parent),
+    }
+
+
+def _to_write(recipe: Recipe, engine: Engine, num_steps: int) -> tuple[int, int, int]:
+    """Return bytes of a checkpoint, checkpoints of ``num_steps``, and bytes of the exported model.
+
+    A checkpoint has float32 weights and the two moments of Adam.
+    """
+    trained = sum(p.numel() for p in engine.model.parameters())
+    saves = math.ceil(num_steps / (recipe.checkpoints.every or max(num_steps, 1)))
+    return 12 * trained, saves, 4 * trained * recipe.checkpoints.export
 
 
 def _refuse_unknown_tokens(recipe: Recipe, config: Any, num_tokens: int, rows: PackedRows) -> None:

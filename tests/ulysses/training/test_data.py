@@ -66,6 +66,9 @@ def test_of_a_conversation_the_assistants_turns_are_learned(tokenizer):
     assert whole.endswith("<|start|>assistant\nA2<|end|>")
 
 
+ASKED = {"role": "user", "content": "x"}
+
+
 @pytest.mark.parametrize(
     "content, settings, message",
     [
@@ -74,6 +77,15 @@ def test_of_a_conversation_the_assistants_turns_are_learned(tokenizer):
         ({"messages": "hello"}, {}, "x:1: messages must be a list of turns"),
         ({"messages": [{"role": "user", "content": "x"}]}, {}, "the assistant says nothing"),
         ({"prompt": "x"}, {"format": "prompt"}, "x:1: answer must be text, not NoneType"),
+        ({"text": "ab\ud800"}, {}, "x:1: text holds half a surrogate pair at character 2"),
+        ({"messages": [ASKED, {"role": "assistant"}]}, {}, "turn 2 of messages must have text as"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, {}, "turn 1 .* content, not list"),
+        (
+            {"messages": [{"role": "user", "content": "\udfff"}]},
+            {},
+            "turn 1 of messages holds half",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, {}, "begins with the assistant"),
     ],
 )
 def test_a_bad_record_is_named(tokenizer, content, settings, message):
@@ -107,14 +119,37 @@ def test_files_of_every_kind_are_read(tmp_path):
     [
         ("a.jsonl", '{"text": 1}\n{', "a.jsonl:2: no JSON"),
         ("a.jsonl", "[1]", "a.jsonl:1: a record is an object, not list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: not UTF-8 at byte 10 of the"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: no JSON"),
+        ("a.jsonl", "1" * 10_000, "a.jsonl:1: no JSON"),
         ("a.parquet", "nothing", "a.parquet: no Parquet"),
         ("a.txt", "nothing", "must end in .jsonl or .json or .parquet"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=message):
         list(read_records(str(tmp_path / name), "train"))
+
+
+def test_parquet_that_is_damaged_in_its_midst_is_named(tmp_path):
+    from pyarrow import Table, parquet
+
+    file = tmp_path / "a.parquet"
+    table = Table.from_pylist([{"text": f"text {number}"} for number in range(600)])
+    parquet.write_table(table, file, row_group_size=300, compression="gzip")
+    content = bytearray(file.read_bytes())
+    half = len(content) // 3
+    content[half : half + 200] = bytes(200)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet, behind record \d+: "):
+        list(read_records(str(file), "train"))
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8-sig")
+    (record,) = read_records(str(tmp_path / "a.jsonl"), "train")
+    assert record.content == {"text": "one"}
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -58,6 +58,7 @@ class Encoder:
         text = record.content.get(key)
         if not isinstance(text, str):
             raise DataError(f"{record.place}: {key} must be text, not {type(text).__name__}")
+        _check_encodable(text, record, key)
         return text
 
     def _tokens(self, text: str, *, more: bool = False) -> list[int]:
@@ -72,6 +73,7 @@ class Encoder:
             raise DataError(
                 f"{record.place}: the tokenizer has no chat template to write conversations with"
             )
+        self._check_turns(record, messages)
         tokens: list[int] = []
         learned: list[bool] = []
         for index, message in enumerate(messages):
@@ -87,6 +89,22 @@ class Encoder:
             raise DataError(f"{record.place}: the assistant says nothing that could be learned")
         return Document(tokens, learned)
 
+    def _check_turns(self, record: Record, messages: list[dict[str, Any]]) -> None:
+        """Raise DataError for turns that templates write as nothing, or as Python writes them."""
+        for number, message in enumerate(messages, start=1):
+            key, text = f"turn {number} of {self.settings.messages_key}", message.get("content")
+            if isinstance(text, str):
+                _check_encodable(text, record, key)
+            elif text is not None or not message.get("tool_calls"):
+                raise DataError(
+                    f"{record.place}: {key} must have text as content, not {type(text).__name__}"
+                )
+        if messages[0].get("role") == "assistant":
+            raise DataError(
+                f"{record.place}: the conversation begins with the assistant, and chat templates "
+                f"need a turn before: add one of the system or the user"
+            )
+
     def _rendered(
         self, record: Record, messages: list[dict[str, Any]], *, prompts: bool = False
     ) -> list[int]:
@@ -98,6 +116,15 @@ class Encoder:
             )
         except Exception as error:
             raise DataError(f"{record.place}: the chat template refuses it: {error}") from None
+
+
+def _check_encodable(text: str, record: Record, key: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{record.place}: {key} holds half a surrogate pair at character {error.start}"
+        ) from None
 
 
 _NOT_A_PREFIX = (

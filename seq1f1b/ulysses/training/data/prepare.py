@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from seq1f1b.agreement import first_error
 from seq1f1b.ulysses.training.data.encode import Encoder
 from seq1f1b.ulysses.training.data.packing import make_rows
 from seq1f1b.ulysses.training.data.records import DataError, read_records
@@ -23,7 +24,12 @@ def prepare_rows(settings: DataSettings, tokenizer: Any, name: str, cache: Path)
     name: of the tokenizer. Rank 0 encodes; where its files are not seen, another node's first
     process does. Raises DataError, on all ranks.
     """
-    folder = cache / fingerprint(settings, name)
+    folder, error = cache, ""
+    try:
+        folder = cache / fingerprint(settings, name)
+    except DataError as found:
+        error = str(found)
+    _raise_on_all(error)
     for may_write in (_rank() == 0, _local_rank() == 0):
         error = ""
         if may_write and not folder.exists():
@@ -33,6 +39,8 @@ def prepare_rows(settings: DataSettings, tokenizer: Any, name: str, cache: Path)
                 write(folder, (encoder.encode(record) for record in records))
             except DataError as found:
                 error = str(found)
+            except OSError as found:
+                error = f"{found.filename or folder}: {found.strerror or found}"
         _raise_on_all(error)
     store = Store.open(folder)
     rows = make_rows(store.lengths, settings.max_length, settings.packing, settings.too_long)
@@ -55,11 +63,6 @@ def _local_rank() -> int:
 
 
 def _raise_on_all(error: str) -> None:
-    said = [error]
-    if dist.is_initialized():
-        gathered: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(gathered, error)
-        said = gathered
-    for each in said:
-        if each:
-            raise DataError(each)
+    said = first_error(error)
+    if said:
+        raise DataError(said)

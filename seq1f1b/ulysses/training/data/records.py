@@ -64,14 +64,16 @@ def _python_library() -> Iterator[Record]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
             try:
-                content = json.loads(line)
-            except json.JSONDecodeError as error:
+                content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: not UTF-8 at byte {error.start} of the line") from None
+            except (ValueError, RecursionError) as error:  # no JSON, or digits or brackets galore
                 raise DataError(f"{place}: no JSON: {error}") from None
             if not isinstance(content, dict):
                 raise DataError(f"{place}: a record is an object, not {type(content).__name__}")
@@ -80,15 +82,22 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _read_parquet(path: Path) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise _lacking(f"{path}: a Parquet file", "pyarrow") from None
     try:
         file = parquet.ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise DataError(f"{path}: no Parquet: {error}") from None
     number = 0
-    for batch in file.iter_batches(batch_size=256):
+    batches = file.iter_batches(batch_size=256)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{path}, behind record {number}: {error}") from None
+        if batch is None:
+            return
         for content in batch.to_pylist():
             number += 1
             yield Record(f"{path}, record {number}", content)

@@ -13,6 +13,8 @@ from seq1f1b.ulysses.training.data.encode import Document
 from seq1f1b.ulysses.training.data.records import source_files
 from seq1f1b.ulysses.training.recipe import DataSettings
 
+_COMPARED = 1 << 18
+
 
 @dataclass(frozen=True)
 class Store:
@@ -29,6 +31,13 @@ class Store:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each document."""
         return np.diff(self.bounds)
+
+    def digest(self) -> str:
+        """Return a digest of the documents' lengths, and of the first and the last tokens."""
+        digest = hashlib.sha256(self.bounds.tobytes())
+        for part in (self.tokens[:_COMPARED], self.tokens[-_COMPARED:]):
+            digest.update(part.tobytes())
+        return digest.hexdigest()[:12]
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
