@@ -190,6 +190,13 @@ ones = torch.tensor([1, 1])
 dist.all_to_all_single(received, torch.tensor([1.0, 2.0]), ones, ones)
 assert received.tolist() == [rank + 1.0, rank + 1.0]
 assert shard.item() == 1.5 * (rank + 1) and whole.tolist() == [rank + 1.0, 2 * rank + 2.0]
+parts = [torch.zeros(2, 2), torch.zeros(3, 2)]
+dist.all_gather(parts, torch.full((2 + rank, 2), rank + 1.0), group=group)
+assert [part.unique().tolist() for part in parts] == [[1.0], [2.0]]
+mine, given = torch.zeros(2 + rank, 2), [part * (rank + 1) for part in parts]
+dist.reduce_scatter(mine, given, group=group)
+assert mine.unique().tolist() == [3.0 * (rank + 1)]
+assert [part.unique().tolist() for part in given] == [[rank + 1.0], [2.0 * (rank + 1)]]
 import datetime, pathlib
 others = [dist.new_group([0, 1], timeout=datetime.timedelta(seconds=7)) for _ in range(5)]
 for other in others:

@@ -33,10 +33,17 @@ def test_tensor_and_pipeline_parallel_losses_are_those_of_one_split(tmp_path):
 
 
 @pytest.mark.long
-def test_sequence_and_expert_parallel_losses_are_those_of_one_split(tmp_path):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--pipeline-model-parallel-size 2 --expert-tensor-parallel-size 1",
+        "--expert-tensor-parallel-size 2",  # ranks gather uneven numbers of tokens
+    ],
+)
+def test_sequence_and_expert_parallel_losses_are_those_of_one_split(tmp_path, layout):
     flags = shlex.split(
-        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
-        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --num-experts 4 "
+        f"--tensor-model-parallel-size 2 --sequence-parallel {layout} "
+        "--expert-model-parallel-size 2 --num-experts 4 --global-batch-size 4 "
         "--moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 "
         "--moe-z-loss-coeff 1e-3 --disable-bias-linear --normalization RMSNorm --swiglu "
         "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"

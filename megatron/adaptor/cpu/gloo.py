@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 OWNERS = (dist, distributed_c10d)
-REASON = "NCCL backends and options; averages and split sizes as gloo takes them"
+REASON = "NCCL backends and options; averages, split sizes and uneven parts as gloo takes them"
 
 
 def prefer_loopback() -> None:
@@ -74,6 +74,8 @@ def replacements() -> dict[str, Callable[..., Any]]:
         "new_subgroups_by_enumeration": _on_gloo(dist.new_subgroups_by_enumeration, 2),
         "barrier": _barrier(dist.barrier),
         "all_reduce": _all_reduce(dist.all_reduce),
+        "all_gather": _all_gather(dist.all_gather),
+        "reduce_scatter": _reduce_scatter_list(dist.reduce_scatter),
         "reduce_scatter_tensor": _reduce_scatter(dist.reduce_scatter_tensor),
         "all_to_all_single": _all_to_all(dist.all_to_all_single),
     }
@@ -149,6 +151,52 @@ def _reduce_scatter(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(output, input, op=op, group=group, async_op=async_op)
 
     return reduce_scatter
+
+
+def _all_gather(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``all_gather`` of parts that differ in size, as ranks have of the tokens of their experts."""
+
+    @functools.wraps(function)
+    def all_gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if async_op or _are_even(tensor_list):
+            return function(tensor_list, tensor, group=group, async_op=async_op)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    return all_gather
+
+
+def _reduce_scatter_list(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``reduce_scatter`` of parts that differ in size: the backward of such an ``all_gather``."""
+
+    @functools.wraps(function)
+    def reduce_scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if async_op or _are_even(input_list):
+            return function(output, input_list, op=op, group=group, async_op=async_op)
+        parts = [part.clone() for part in input_list]
+        for rank, part in enumerate(parts):
+            dist.reduce(part, op=op, group=group, group_dst=rank)
+        output.copy_(parts[dist.get_rank(group)])
+        return None
+
+    return reduce_scatter
+
+
+def _are_even(parts: list[torch.Tensor]) -> bool:
+    return len({part.shape for part in parts}) <= 1
 
 
 def _all_to_all(function: Callable[..., Any]) -> Callable[..., Any]:
