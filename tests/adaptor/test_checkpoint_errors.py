@@ -68,6 +68,44 @@ def test_a_tracker_with_an_iteration_is_read(tmp_path):
     assert read_metadata(original, str(tmp_path / TRACKER)) == (12, False)
 
 
+def divided(size, **changes):
+    usual = {"finetune": False, "no_load_optim": False, "no_save_optim": False}
+    return Namespace(**usual | {"expert_model_parallel_size": size} | changes)
+
+
+@pytest.mark.parametrize(
+    "saved, wanted, message",
+    [
+        (
+            2,
+            1,
+            "with --expert-model-parallel-size 2, .* with 1: resume with a size above 1, or add",
+        ),
+        (1, 4, "with --expert-model-parallel-size 1, .* with 4: resume with 1, or add --no-load-o"),
+    ],
+)
+def test_an_optimizer_that_keeps_experts_apart_goes_on_as_one(saved, wanted, message):
+    state = {"args": divided(saved)}
+    with pytest.raises(CheckpointError, match=f"--load folder: the checkpoint was saved {message}"):
+        load_base_checkpoint(lambda *_: (state, "", False, None), "folder", divided(wanted))
+
+
+@pytest.mark.parametrize(
+    "state, wanted",
+    [
+        (None, divided(1)),
+        ({}, divided(1)),
+        ({"args": divided(2)}, divided(4)),
+        ({"args": divided(2)}, divided(1, finetune=True)),
+        ({"args": divided(2)}, divided(1, no_load_optim=True)),
+        ({"args": divided(2, no_save_optim=True)}, divided(1)),
+    ],
+)
+def test_checkpoints_without_such_a_change_are_loaded(state, wanted):
+    found = (state, "", False, None)
+    assert load_base_checkpoint(lambda *_: found, "folder", wanted) is found
+
+
 @pytest.mark.parametrize(
     "original, message",
     [

@@ -102,11 +102,11 @@ def fix_query_key_value_ordering(
 
 
 def load_base_checkpoint(
-    original: Callable[..., Any], load_dir: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any], load_dir: Any, args: Any, *rest: Any, **kwargs: Any
 ) -> Any:
     """Raise an error where there is no checkpoint, or none that can be read: exit code 0 there."""
     try:
-        return original(load_dir, *args, **kwargs)
+        found = original(load_dir, args, *rest, **kwargs)
     except SystemExit as end:
         if end.__context__ is None:
             raise CheckpointError(
@@ -114,6 +114,27 @@ def load_base_checkpoint(
                 "checkpoint (--exit-on-missing-checkpoint)"
             ) from end
         raise _failure(end, f"--load {load_dir}") from end
+    if found[0]:
+        _check_experts(found[0].get("args"), args, f"--load {load_dir}")
+    return found
+
+
+def _check_experts(saved: Any, args: Any, what: str) -> None:
+    """Raise an error for an optimizer that keeps experts apart, or that does not, unlike this one.
+
+    Megatron gives experts an optimizer of their own if ranks divide them.
+    """
+    then, now = (getattr(each, "expert_model_parallel_size", 0) for each in (saved, args))
+    if not then or not now or (then > 1) == (now > 1):
+        return
+    if args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    allowed = "a size above 1" if then > 1 else "1"
+    raise CheckpointError(
+        f"{what}: the checkpoint was saved with --expert-model-parallel-size {then}, and its "
+        f"optimizer cannot be loaded with {now}: resume with {allowed}, or add --no-load-optim to "
+        "start the optimizer anew"
+    )
 
 
 def _failure(end: SystemExit, what: str) -> CheckpointError:
