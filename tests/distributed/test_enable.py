@@ -51,3 +51,56 @@ def test_gradients_are_those_of_megatrons_own_loop():
         "tuples": "the data iterator delivers tuple, which cannot be cut",
     }.items():
         assert complaint in errors[name]
+
+
+WHOLE_FIRST = """
+import json, sys
+from functools import partial
+from itertools import cycle
+sys.path.insert(0, sys.argv[1])
+import own_loop
+import torch
+from megatron.adaptor import enable
+
+own_loop.join()
+torch.manual_seed(1)
+model = own_loop.build(own_loop.configuration(torch.float64), 48).double()
+batch = next(own_loop.sequences(48, 2))
+batch["weights"] = batch["weights"].double()
+
+
+def made_positions_step(data, model):
+    batch = next(data)
+    places = torch.arange(batch["input_ids"].shape[1]).expand(2, -1)
+    losses = model(batch["input_ids"], places, None, labels=batch["labels"])
+    return losses, partial(own_loop.weighted_loss, batch["weights"])
+
+
+def gradients(splits, forward_step):
+    enable(splits=splits, schedule="1f1b")
+    own_loop.forward_step = forward_step
+    own_loop.step(model, cycle([batch]), length=48, rows=2, number=4)
+    return torch.cat([p.main_grad.flatten() for p in model.parameters()])
+
+
+usual = own_loop.forward_step
+whole, cut = gradients(1, usual), gradients(3, usual)
+gradients(1, made_positions_step)
+try:
+    gradients(3, made_positions_step)
+    message = "none"
+except Exception as error:
+    message = str(error)
+differs = ((whole - cut).abs().max() / whole.abs().max()).item()
+if torch.distributed.get_rank() == 0:
+    print("ANSWER" + json.dumps([differs, message]))
+"""
+
+
+def test_a_forward_step_is_checked_in_its_first_step_of_sub_sequences(tmp_path):
+    """A step of whole micro-batches before, as with one split or to verify, shows nothing."""
+    script = tmp_path / "whole_first.py"
+    script.write_text(WHOLE_FIRST)
+    differs, message = answer(run_ranks(1, script, EXAMPLES, with_megatron=False))
+    assert differs < 1e-12
+    assert "'position_ids' of the model's inputs differs" in message

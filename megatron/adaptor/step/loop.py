@@ -20,6 +20,7 @@ from megatron.adaptor.step.planning import plan_step
 from megatron.adaptor.step.step import Step, StepArguments
 from megatron.adaptor.step.verify import verify
 from seq1f1b.runtime import ActionClock, ActionError
+from seq1f1b.schedule import Plan
 
 if TYPE_CHECKING:
     from megatron.adaptor.command_line.settings import Settings
@@ -168,7 +169,7 @@ class Loop:
             feeds,
             documents=documents,
             splits_backwards=settings.splits_backwards,
-            is_checked=self._is_first(arguments),
+            is_checked=self._is_first(arguments, plan),
             slots=self._slots_for(arguments, settings),
         )
 
@@ -215,8 +216,10 @@ class Loop:
             self._slots_of = wanted
         return self._slots
 
-    def _is_first(self, arguments: StepArguments) -> bool:
-        """Whether this forward step trains, or evaluates, for the first time."""
+    def _is_first(self, arguments: StepArguments, plan: Plan) -> bool:
+        """Whether this forward step trains, or evaluates, on sub-sequences for the first time."""
+        if all(part.is_whole for parts in plan.cuts for part in parts):
+            return False
         script = _code_of(arguments.forward_step_func)
         is_first = self._checked.get(arguments.trains) != script
         self._checked[arguments.trains] = script
