@@ -59,7 +59,7 @@ class Checkpoints:
         fault = ""
         if dist.get_rank() == 0:
             there = len(self.found())
-            coming = max(min(there + num_saves, self.keep + 1) - there, 1)
+            coming = max(min(there + num_saves, self.keep + 1) - there, min(num_saves, 1))
             needed = coming * checkpoint_bytes + export_bytes
             free = shutil.disk_usage(existing_folder(self.folder)).free
             if needed > free:
