@@ -62,17 +62,18 @@ def check_same(own: dict[str, str], group: Any = None) -> None:
     )
 
 
-def first_error(own: str) -> str:
-    """Return what the first rank that has an error says, after its number unless it is rank 0.
+def raise_on_all(own: str, kind: type[Exception]) -> None:
+    """Raise what the first rank that has an error says, after its number unless it is rank 0.
 
-    "" if none has one. All ranks must call, joined or not.
+    own: this rank's error, "" for none. All ranks must call, joined or not.
     """
-    if not dist.is_initialized():
-        return own
-    errors: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(errors, own)
-    rank = next((rank for rank, error in enumerate(errors) if error), 0)
-    return f"rank {rank}: {errors[rank]}" if rank else errors[0]
+    errors = [own]
+    if dist.is_initialized():
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, own)
+    for rank, error in enumerate(errors):
+        if error:
+            raise kind(f"rank {rank}: {error}" if rank else error)
 
 
 def digest_of_code(*folders: Path) -> str:

@@ -38,12 +38,13 @@ def _without_padding(buffers: list[Any]) -> Iterator[None]:
     """Count places in the buffers without the padding of buckets inside."""
     padded = [buffer.param_index_map for buffer in buffers]
     for buffer in buffers:
-        sizes = (bucket.numel_unpadded for bucket in buffer.buckets)
-        begins = list(accumulate(sizes, initial=0))
+        begins = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+        shifts = [
+            begin - bucket.offset for begin, bucket in zip(begins, buffer.buckets, strict=False)
+        ]
         buffer.param_index_map = {
-            parameter: (*(place - bucket.offset + begins[index] for place in (start, end)), index)
+            parameter: (start + shifts[index], end + shifts[index], index)
             for parameter, (start, end, index) in buffer.param_index_map.items()
-            for bucket in (buffer.buckets[index],)
         }
     try:
         yield

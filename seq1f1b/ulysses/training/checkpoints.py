@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from seq1f1b.agreement import first_error
+from seq1f1b.agreement import raise_on_all
 from seq1f1b.errors import Seq1F1BError
 from seq1f1b.files import cannot_fill, existing_folder, why_full
 from seq1f1b.ulysses.training.engine import Engine
@@ -69,7 +69,7 @@ class Checkpoints:
                     f"model of {export_bytes / _GIB:.3g} GiB: make room, lower checkpoints.keep, "
                     f"or name another folder"
                 )
-        _raise_on_all(fault)
+        raise_on_all(fault, RecipeError)
 
     def save(self, engine: Engine, progress: Progress, facts: dict[str, Any]) -> Path:
         """Write a checkpoint on all ranks; it appears under its name when it is complete.
@@ -125,7 +125,7 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:  # readers fail in many ways
             cause = _cause(error)
             fault = f"--resume: {path} cannot be loaded: {type(cause).__name__}: {cause}"
-        _raise_on_all(fault)
+        raise_on_all(fault, RecipeError)
         return progress
 
 
@@ -156,17 +156,18 @@ def choose(folder: Path, resume: str | None, checkpoints: Checkpoints) -> Path |
 
     Raises RecipeError, on all ranks, when there is none, or when a new start would overwrite a run.
     """
-    chosen: list[Any] = [None, ""]
+    chosen: list[Path | None] = [None]
+    fault = ""
     if dist.get_rank() == 0:
         try:
             chosen[0] = _choose(folder, resume, checkpoints)
         except RecipeError as error:
-            chosen[1] = str(error)
+            fault = str(error)
     dist.broadcast_object_list(chosen, src=0)
-    path, fault = chosen
-    if not fault and path is not None and not (path / _PROGRESS).is_file():
+    (path,) = chosen
+    if path is not None and not (path / _PROGRESS).is_file():
         fault = f"--resume: {path} is not here, but where rank 0 runs; {_SHARED}"
-    _raise_on_all(fault)
+    raise_on_all(fault, RecipeError)
     return path
 
 
@@ -189,31 +190,23 @@ def _choose(folder: Path, resume: str | None, checkpoints: Checkpoints) -> Path 
 
 def require_shared(folder: Path) -> None:
     """Raise RecipeError, on all ranks, unless all of them see the same ``folder``."""
-    names = [f".seen-by-all-{uuid.uuid4().hex}", ""]
-    if dist.get_rank() == 0:
-        names[1] = cannot_fill(folder) or ""
-        if not names[1]:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / names[0]).touch()
+    why = cannot_fill(folder) if dist.get_rank() == 0 else None
+    raise_on_all(f"--work-dir: {folder}: {why}" if why else "", RecipeError)
+    names = [f".seen-by-all-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(names, src=0)
-    name, why = names
-    if why:
-        raise RecipeError(f"--work-dir: {folder}: {why}")
+    seen = folder / names[0]
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        seen.touch()
     deadline = time.monotonic() + _SECONDS_TO_SEE
-    while not (folder / name).exists() and time.monotonic() < deadline:
+    while not seen.exists() and time.monotonic() < deadline:
         time.sleep(0.1)  # network file systems are late
-    fault = "" if (folder / name).exists() else f"{folder} is not the folder of rank 0; {_SHARED}"
+    fault = f"--work-dir: {folder} is not the folder of rank 0; {_SHARED}"
     try:
-        _raise_on_all(fault and f"--work-dir: {fault}")
+        raise_on_all("" if seen.exists() else fault, RecipeError)
     finally:
         if dist.get_rank() == 0:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _raise_on_all(fault: str) -> None:
-    said = first_error(fault)
-    if said:
-        raise RecipeError(said)
+            seen.unlink(missing_ok=True)
 
 
 def export(engine: Engine, config: Any, tokenizer: Any, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from seq1f1b.agreement import first_error
+from seq1f1b.agreement import raise_on_all
 from seq1f1b.ulysses.training.data.encode import Encoder
 from seq1f1b.ulysses.training.data.packing import make_rows
 from seq1f1b.ulysses.training.data.records import DataError, read_records
@@ -29,7 +29,7 @@ def prepare_rows(settings: DataSettings, tokenizer: Any, name: str, cache: Path)
         folder = cache / fingerprint(settings, name)
     except DataError as found:
         error = str(found)
-    _raise_on_all(error)
+    raise_on_all(error, DataError)
     for may_write in (_rank() == 0, _local_rank() == 0):
         error = ""
         if may_write and not folder.exists():
@@ -41,7 +41,7 @@ def prepare_rows(settings: DataSettings, tokenizer: Any, name: str, cache: Path)
                 error = str(found)
             except OSError as found:
                 error = f"{found.filename or folder}: {found.strerror or found}"
-        _raise_on_all(error)
+        raise_on_all(error, DataError)
     store = Store.open(folder)
     rows = make_rows(store.lengths, settings.max_length, settings.packing, settings.too_long)
     _log.info(
@@ -60,9 +60,3 @@ def _rank() -> int:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _raise_on_all(error: str) -> None:
-    said = first_error(error)
-    if said:
-        raise DataError(said)
